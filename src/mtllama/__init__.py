@@ -1,0 +1,3 @@
+"""mtllama: multi-task instruction tuning for LLaMA-family models, end to end."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Examples in the order of training, as token ids with a loss mask. `Example -> Encoded -> Batch`."""

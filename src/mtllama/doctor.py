@@ -1,0 +1,151 @@
+"""What this machine has, what is missing, and what to do about it."""
+
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Verdict = Literal["ok", "note", "bad"]
+MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
+HUB_HOST = "huggingface.co"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report."""
+
+    verdict: Verdict
+    what: str
+    value: str
+    advice: str = ""
+
+
+def run() -> None:
+    """Print all findings."""
+    for finding in examine():
+        advice = f"  -> {finding.advice}" if finding.advice else ""
+        print(f"{MARKS[finding.verdict]}  {finding.what:<12} {finding.value}{advice}", flush=True)
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything that the jobs of this package depend on."""
+    yield _python()
+    yield from _torch()
+    yield _memory()
+    yield from _disk()
+    yield _hub()
+    yield _base_model()
+
+
+def _python() -> Finding:
+    return Finding("ok", "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+
+    from mtllama.model.load import cpu_has_bf16
+
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            yield Finding("ok", "GPU", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}")
+    elif torch.version.cuda:
+        yield Finding(
+            "note",
+            "GPU",
+            f"none, though torch is a CUDA build ({torch.version.cuda})",
+            "check the driver with nvidia-smi, or install a CPU build of torch",
+        )
+    else:
+        yield Finding(
+            "note", "GPU", "none; everything runs on the CPU", "fine for the quickstart; a 7B model wants a GPU and a CUDA build of torch"
+        )
+    yield Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if torch.get_num_threads() > cores:
+        yield Finding("note", "threads", f"{torch.get_num_threads()} threads on {cores} cores", f"set OMP_NUM_THREADS={cores}")
+    flags = _cpu_flags()
+    names = [
+        name
+        for flag, name in (("amx_bf16", "AMX bf16"), ("avx512_bf16", "AVX-512 bf16"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
+        if flag in flags
+    ]
+    if cpu_has_bf16():
+        yield Finding("ok", "CPU", ", ".join(names))
+    else:
+        yield Finding(
+            "note",
+            "CPU",
+            f"{', '.join(names) or platform.processor() or 'no vector extension known'}; no bf16 instructions",
+            "computes in float32, two to four times slower",
+        )
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return set()
+    return {flag for line in text.splitlines() if line.startswith("flags") for flag in line.split()}
+
+
+def _memory() -> Finding:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    value = f"{memory.available / 1e9:.1f} GB free of {memory.total / 1e9:.1f} GB"
+    if memory.available < 6e9:
+        return Finding("note", "memory", value, "the quickstart wants about 6 GB; close something, or lower train.tokens_per_pass")
+    return Finding("ok", "memory", value)
+
+
+def _disk() -> Iterator[Finding]:
+    from mtllama.model.load import home
+
+    for what, path in (("disk here", Path.cwd()), ("disk cache", home())):
+        there = next(p for p in (path, *path.parents) if p.exists())
+        free = shutil.disk_usage(there).free
+        value = f"{free / 1e9:.1f} GB free at {path}"
+        if not os.access(there, os.W_OK):
+            yield Finding(
+                "bad",
+                what,
+                f"{path} cannot be written",
+                "set MTLLAMA_HOME to a folder that can" if what == "disk cache" else "change to another folder",
+            )
+        elif free < 6e9:
+            yield Finding("note", what, value, "the quickstart wants about 6 GB while it trains")
+        else:
+            yield Finding("ok", what, value)
+
+
+def _hub() -> Finding:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return Finding("note", "hub", "HF_HUB_OFFLINE is set: only local models and data", "unset it to fetch from the hub")
+    try:
+        socket.create_connection((HUB_HOST, 443), timeout=3).close()
+    except OSError as error:
+        return Finding(
+            "note",
+            "hub",
+            f"{HUB_HOST} is not reachable ({error})",
+            "fine for the quickstart; set HF_HUB_OFFLINE=1 so that nothing waits for it",
+        )
+    return Finding("ok", "hub", f"{HUB_HOST} is reachable")
+
+
+def _base_model() -> Finding:
+    from mtllama.model import convert
+    from mtllama.model.load import home
+
+    folder = home() / "models" / convert.NAME
+    if (folder / "config.json").is_file():
+        return Finding("ok", "base model", f"{convert.DESCRIPTION} at {folder}")
+    if convert.find_gguf():
+        return Finding("ok", "base model", f"{convert.NAME} is installed; it is converted when first used")
+    return Finding("bad", "base model", f"{convert.NAME} is not installed", f"run: mtllama models fetch {convert.NAME}")

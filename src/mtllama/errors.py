@@ -1,0 +1,8 @@
+"""The one exception a user is meant to read."""
+
+
+class UserError(Exception):
+    """Bad input: one line that says what is wrong, where (file, row, tensor, key) and how to mend it.
+
+    The command line prints the message alone and exits with status 2; a library caller gets the exception.
+    """

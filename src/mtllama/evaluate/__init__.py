@@ -1,0 +1,1 @@
+"""A model measured on held-out tasks: protocols, metrics, statistics, records, report."""

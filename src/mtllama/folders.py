@@ -1,0 +1,139 @@
+"""Output folders: written beside, synced, renamed, never half there; each with a manifest of how it came to be."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mtllama import __version__
+from mtllama.errors import UserError
+
+MANIFEST = "mtllama.json"
+"""File name of the manifest that every stage leaves in its folder."""
+
+
+def require_new(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that already holds something, unless `overwrite`."""
+    if path.is_file():
+        raise UserError(f"{path} is a file; an output folder is needed: choose another --out")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UserError(f"{path} is not empty; choose another --out, or pass --overwrite to replace it")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a folder beside `path`; when the block ends without an error it is synced and becomes `path`.
+
+    After an error or an interrupt nothing of it is left, and what stood at `path` before stands there still.
+    """
+    path = path.resolve()  # "." has no name, and a link is followed, not replaced
+    require_new(path, overwrite=overwrite)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                sync(file)
+        replace_folder(partial, path)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise explain_os_error(error, path) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def replace_folder(source: Path, path: Path) -> None:
+    """Rename `source` to `path`; a folder standing there is moved aside first and removed last."""
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.exists():
+        path.rename(old)
+    try:
+        source.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder of ours; it is renamed first, so that it is never seen half gone."""
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.rename(old)
+    shutil.rmtree(old)
+
+
+def explain_os_error(error: OSError, path: Path) -> UserError | OSError:
+    """Turn the errors that a user can mend (disk full, no permission) into one clear line."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+        return UserError(f"no space left on the disk of {path} ({free / 1e6:.0f} MB free); free some or choose another --out")
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return UserError(f"{error.filename or path} cannot be written ({error.strerror}); choose another --out")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST) and error.filename:
+        return UserError(f"{error.filename}: {error.strerror}; choose another --out")
+    return error
+
+
+def sync(file: Path) -> None:
+    """Flush one file to the disk."""
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically: beside, synced, renamed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with open(partial, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a broken one is an error that names the line."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); it may be cut off: make it again") from error
+
+
+def write_manifest(folder: Path, stage: str, **facts: Any) -> None:
+    """Write the manifest of one stage: what it is, from what, with which versions."""
+    write_json(folder / MANIFEST, {"stage": stage, "versions": versions(), **facts})
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, or None if it has none."""
+    path = folder / MANIFEST
+    return dict(read_json(path)) if path.is_file() else None
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    found = {"mtllama": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "tokenizers", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Ways to use a model: chat in the terminal."""

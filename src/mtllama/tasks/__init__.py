@@ -1,0 +1,1 @@
+"""What is asked: data sets, their prompts and their rows. `row -> Example`."""

@@ -1,0 +1,170 @@
+"""Evaluation of the pico model: items, records and results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mtllama.errors import UserError
+from mtllama.evaluate import metrics, protocols, runner
+from mtllama.evaluate.runner import EvalConfig
+from mtllama.model.engine import Engine
+from mtllama.model.load import find_model, load_model
+
+
+@pytest.fixture(scope="module")
+def engine(pico: Path) -> Engine:
+    return Engine(load_model(find_model(str(pico)), dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def run(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[dict]]:
+    """The whole sampler suite, twelve items a task, both protocols."""
+    out = tmp_path_factory.mktemp("runs") / "pico"
+    runner.evaluate(engine, EvalConfig(limit=12), out)
+    return runner.read_run(out)
+
+
+def test_every_task_and_protocol_is_there_with_the_whole_schema(run: tuple[dict, list[dict]]) -> None:
+    results, records = run
+    assert results["schema"] == 1
+    assert set(results["tasks"]) == set(runner.SUITES["sampler"])
+    keys = {"metric", "value", "ci95", "n", "chance", "majority", "unparsed", "cut", "split", "templates"}
+    for task, by_protocol in results["tasks"].items():
+        assert set(by_protocol) == ({"generate"} if task == "squad" else {"rank", "generate"})
+        for protocol, result in by_protocol.items():
+            assert keys <= result.keys()
+            mine = [record for record in records if (record["task"], record["protocol"]) == (task, protocol)]
+            assert result["n"] == len(mine) == 12
+            assert result["value"] == result[result["metric"]]
+            assert result["ci95"][0] <= result["value"] <= result["ci95"][1]
+            assert result["templates"]["mt-llama"]["value"] == result["value"]
+    assert results["tasks"]["squad"]["generate"]["metric"] == "f1" and "em" in results["tasks"]["squad"]["generate"]
+    assert results["tasks"]["openbookqa"]["rank"]["chance"] == 25.0
+
+
+def test_results_can_be_computed_again_from_the_records(run: tuple[dict, list[dict]]) -> None:
+    results, records = run
+    compared = 0
+    for task, by_protocol in results["tasks"].items():
+        for protocol, result in by_protocol.items():
+            mine = [record for record in records if (record["task"], record["protocol"]) == (task, protocol)]
+            if result["metric"] == "f1":
+                value = sum(metrics.f1(record["prediction"], record["gold"]) for record in mine)
+            elif protocol == "rank":
+                value = sum(record["choices"][record["scores"].index(max(record["scores"]))] == record["gold"] for record in mine)
+            else:
+                value = sum(metrics.normalize(record["prediction"]) == metrics.normalize(record["gold"]) for record in mine)
+            assert result["value"] == pytest.approx(100 * value / len(mine))
+            compared += 1
+    assert compared == 15
+
+
+def test_records_hold_the_exact_prompt_and_ids(run: tuple[dict, list[dict]], engine: Engine) -> None:
+    _, records = run
+    ranked = [record for record in records if record["protocol"] == "rank"]
+    assert len(ranked) == 84
+    for record in ranked:
+        assert record["prompt"].startswith("Input: ") and record["prompt"].endswith("\nOutput:")
+        assert engine.tokenizer.decode(record["prompt_ids"]) == record["prompt"]
+        for choice, ids in zip(record["choices"], record["choice_ids"], strict=True):
+            assert ids[-1] == engine.tokenizer.eos_token_id
+            assert engine.tokenizer.decode(ids[:-1]) == " " + choice
+
+
+def test_a_limit_takes_the_same_items_in_file_order_for_every_protocol(run: tuple[dict, list[dict]]) -> None:
+    _, records = run
+    by_protocol = {p: [r["item_id"] for r in records if r["task"] == "copa" and r["protocol"] == p] for p in protocols.PROTOCOLS}
+    assert by_protocol["rank"] == by_protocol["generate"]
+    assert by_protocol["rank"] == sorted(by_protocol["rank"], key=int)
+    assert by_protocol["rank"] != [str(i) for i in range(12)]
+    assert runner.sample_indices(80, 12, "0/copa") == [int(i) for i in by_protocol["rank"]]
+    assert runner.sample_indices(80, 12, "1/copa") != runner.sample_indices(80, 12, "0/copa")
+    assert runner.sample_indices(5, 12, "x") == [0, 1, 2, 3, 4]
+
+
+def test_the_primary_protocol_ranks_choices_and_generates_answers(engine: Engine, tmp_path: Path) -> None:
+    results = runner.evaluate(engine, EvalConfig(tasks=("squad", "sst2"), protocols=("primary",), limit=2), tmp_path / "out")
+    assert {task: list(by) for task, by in results["tasks"].items()} == {"squad": ["generate"], "sst2": ["rank"]}
+
+
+def test_a_task_without_data_is_left_out_of_a_suite_but_refused_by_name(engine: Engine, tmp_path: Path) -> None:
+    data = tmp_path / "data" / "sst2"
+    data.mkdir(parents=True)
+    (data / "validation.jsonl").write_text(json.dumps({"sentence": "fine", "label": 1, "idx": 0}) + "\n", encoding="utf-8")
+    config = EvalConfig(suite="mt-llama", data_dir=tmp_path / "data", protocols=("rank",))
+    results = runner.evaluate(engine, config, tmp_path / "out")
+    assert list(results["tasks"]) == ["sst2"]
+    assert "squad" in results["missing"] and len(results["missing"]) == 10
+    with pytest.raises(UserError, match="copa: no file"):
+        runner.evaluate(engine, EvalConfig(suite="mt-llama", tasks=("copa",), data_dir=tmp_path / "data"), tmp_path / "out2")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"suite": "mtllama"}, "unknown suite"),
+        ({"protocols": ("ranking",)}, "unknown protocol"),
+        ({"limit": 0}, "--limit is 0"),
+        ({"tasks": ("cop",)}, "did you mean copa"),
+        ({"tasks": ("xquad-en",)}, "not in the suite sampler"),
+        ({"tasks": ("squad",), "protocols": ("rank",)}, "applies to none"),
+        ({"split": "test"}, "no data for any task"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(engine: Engine, tmp_path: Path, config: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        runner.evaluate(engine, EvalConfig(**config), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_whose_label_is_hidden_are_skipped_and_counted(engine: Engine, tmp_path: Path) -> None:
+    data = tmp_path / "data" / "sst2"
+    data.mkdir(parents=True)
+    rows = [{"sentence": f"text {i}", "label": label, "idx": i} for i, label in enumerate((1, -1, 0))]
+    (data / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = EvalConfig(suite="mt-llama", tasks=("sst2",), data_dir=tmp_path / "data", protocols=("rank",))
+    result = runner.evaluate(engine, config, tmp_path / "out")["tasks"]["sst2"]["rank"]
+    assert (result["n"], result["skipped"]) == (2, 1)
+
+
+def test_an_output_folder_is_never_overwritten_unasked(engine: Engine, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x", encoding="utf-8")
+    config = EvalConfig(tasks=("sst2",), limit=1, protocols=("rank",))
+    with pytest.raises(UserError, match="not empty"):
+        runner.evaluate(engine, config, out)
+    assert (out / "precious").read_text(encoding="utf-8") == "x"
+    runner.evaluate(engine, config, out, overwrite=True)
+    assert not (out / "precious").exists() and (out / "results.json").is_file()
+
+
+def test_an_interrupt_leaves_nothing_behind(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.evaluate(engine, EvalConfig(tasks=("sst2",), protocols=("rank",)), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_counted(pico: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data" / "squad"
+    data.mkdir(parents=True)
+    context = "word " * 2000 + "the end"
+    row = {
+        "id": "a",
+        "title": "t",
+        "context": context,
+        "question": "what?",
+        "answers": {"text": ["the end"], "answer_start": [context.index("the end")]},
+    }
+    (data / "validation.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    engine = Engine(load_model(find_model(str(pico)), dtype="float32"))
+    config = EvalConfig(suite="mt-llama", tasks=("squad",), data_dir=tmp_path / "data")
+    runner.evaluate(engine, config, tmp_path / "out")
+    results, records = runner.read_run(tmp_path / "out")
+    assert results["tasks"]["squad"]["generate"]["cut"] == 1
+    assert len(records[0]["prompt_ids"]) <= 512 - protocols.MAX_NEW_TOKENS

@@ -1,0 +1,388 @@
+"""Scores as separate forward passes give them, greedy text as transformers gives it, streams that show whole characters."""
+
+import functools
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from mtllama.data.prompt import find_format
+from mtllama.model import engine as engine_module
+from mtllama.model.engine import Branches, Engine
+from mtllama.model.load import LoadedModel, ModelFolder, find_model, load_model
+
+Scores = list[list[list[float]]]
+
+
+@pytest.fixture(scope="module")
+def bpe_engine(pico: Path) -> Engine:
+    return Engine(load_model(find_model(str(pico)), dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_engine(sentencepiece_tokenizer: Any) -> Engine:
+    """A random model with an untied head behind the tokenizer in the manner of SentencePiece."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(sentencepiece_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    return Engine(LoadedModel(ModelFolder(Path(), "random"), model, sentencepiece_tokenizer, find_format("mtllama"), torch.float32, 512))
+
+
+@pytest.fixture(params=["bpe", "sentencepiece"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return request.getfixturevalue(f"{request.param}_engine")
+
+
+def random_ids(draw: random.Random, engine: Engine, length: int) -> list[int]:
+    return [draw.randrange(3, len(engine.tokenizer)) for _ in range(length)]
+
+
+def random_items(engine: Engine, seed: int = 0) -> list[Branches]:
+    """Prompts of all lengths with one-token, very long, equal and prefix answers."""
+    draw = random.Random(seed)
+    items = []
+    for length in (1, 2, 3, 9, 30, 77, 120):
+        stem = random_ids(draw, engine, 4)
+        answers = [[draw.randrange(3, 500)], stem, stem[:2], [*stem, 7], random_ids(draw, engine, 60), stem[:1], stem]
+        items.append(Branches(random_ids(draw, engine, length), answers[: draw.randrange(1, 8)] if length != 9 else answers))
+    items.append(Branches(random_ids(draw, engine, 40), [[5], [6], [7]]))
+    return items
+
+
+def separate_scores(engine: Engine, items: Sequence[Branches]) -> Scores:
+    """The reference: one plain forward pass for every answer."""
+    results: Scores = []
+    for item in items:
+        results.append([])
+        for answer in item.answers:
+            ids = torch.tensor([item.prompt + answer])
+            with torch.inference_mode():
+                log_probs = engine.model(ids).logits[0].log_softmax(-1)
+            start = len(item.prompt) - 1
+            results[-1].append([float(log_probs[start + i, token]) for i, token in enumerate(answer)])
+    return results
+
+
+def assert_close(ours: Scores, theirs: Scores, tolerance: float = 1e-4) -> None:
+    assert [[len(answer) for answer in item] for item in ours] == [[len(answer) for answer in item] for item in theirs]
+    flat_ours, flat_theirs = (torch.tensor([t for item in scores for answer in item for t in answer]) for scores in (ours, theirs))
+    assert len(flat_theirs) > 0 and flat_theirs.isfinite().all() and flat_theirs.std() > 0.5
+    torch.testing.assert_close(flat_ours, flat_theirs, atol=tolerance, rtol=0)
+
+
+def test_tree_scores_equal_separate_forward_passes(engine: Engine) -> None:
+    items = random_items(engine)
+    assert {len(answer) for item in items for answer in item.answers} >= {1, 2, 4, 5, 60}
+    ours, theirs = engine.score(items), separate_scores(engine, items)
+    assert_close(ours, theirs)
+
+
+def test_scores_depend_on_neither_order_nor_company_nor_batch_size(bpe_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = random_items(bpe_engine, seed=1)
+    theirs = separate_scores(bpe_engine, items)
+    order = random.Random(0).sample(range(len(items)), len(items))
+    passes = []
+    score_pass = Engine._score_pass
+
+    def counted(self: Engine, group: Sequence[Branches]) -> Scores:
+        passes[-1] += 1
+        return score_pass(self, group)
+
+    monkeypatch.setattr(Engine, "_score_pass", counted)
+    for tokens in (1, 100, 300, 100_000):
+        monkeypatch.setattr(engine_module, "TOKENS_PER_PASS", tokens)
+        passes.append(0)
+        assert_close(bpe_engine.score(items), theirs)
+        shuffled = bpe_engine.score([items[i] for i in order])
+        assert_close([shuffled[order.index(i)] for i in range(len(items))], theirs)
+    assert passes[0] == 2 * len(items) > passes[1] > passes[2] > passes[3] == 2
+    monkeypatch.setattr(engine_module, "ROWS_PER_CHUNK", 3)
+    assert_close(bpe_engine.score(items), theirs)
+    assert_close([bpe_engine.score([item])[0] for item in items], theirs)
+    alone = [[bpe_engine.score([Branches(item.prompt, [answer])])[0][0] for answer in item.answers] for item in items]
+    assert_close(alone, theirs)
+
+
+def test_a_choice_that_is_the_prefix_of_another_scores_the_same_tokens_the_same(bpe_engine: Engine) -> None:
+    encoder = bpe_engine.encoder
+    prompt, _ = encoder.prompt_ids("Which one is it?")
+    answers = [encoder.answer_ids(text) for text in ("no", "no one", "no one else")]
+    scores = bpe_engine.score([Branches(prompt, answers)])[0]
+    shared = len(answers[0]) - 1
+    assert shared > 0 and answers[1][:shared] == answers[0][:shared] and answers[0][-1] == bpe_engine.tokenizer.eos_token_id
+    torch.testing.assert_close(scores[1][:shared], scores[0][:shared], atol=1e-4, rtol=0)
+    assert abs(scores[1][shared] - scores[0][shared]) > 1e-3, "then they part"
+
+
+def test_equal_answers_score_equally_and_choices_sum_to_less_than_one(bpe_engine: Engine) -> None:
+    prompt = [5, 300, 17]
+    every = bpe_engine.score([Branches(prompt, [[token] for token in range(len(bpe_engine.tokenizer))])])[0]
+    total = torch.tensor(every).exp().sum()
+    torch.testing.assert_close(total, torch.tensor(1.0), atol=1e-4, rtol=0)
+    twice = bpe_engine.score([Branches(prompt, [[9, 8, 7], [4], [9, 8, 7]])])[0]
+    torch.testing.assert_close(twice[0], twice[2], atol=1e-5, rtol=0)
+
+
+def test_advance_counts_every_item_once_and_nothing_gives_nothing(bpe_engine: Engine) -> None:
+    items = random_items(bpe_engine)
+    counts: list[int] = []
+    bpe_engine.score(items, counts.append)
+    assert sum(counts) == len(items)
+    counts.clear()
+    bpe_engine.generate([item.prompt for item in items], max_new_tokens=1, advance=counts.append)
+    assert sum(counts) == len(items)
+    assert bpe_engine.score([]) == [] and bpe_engine.generate([]) == []
+
+
+def their_text(engine: Engine, prompt: list[int], max_new_tokens: int) -> str:
+    """Transformers' own greedy text behind one prompt alone."""
+    eos = engine.tokenizer.eos_token_id
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos)
+    generated = engine.model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=config)
+    return engine.tokenizer.decode(generated[0, len(prompt) :], skip_special_tokens=True)
+
+
+def whole(text: str) -> str:
+    """Without the first bytes of a character that the limit cut off."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def test_greedy_text_equals_that_of_transformers_for_each_prompt_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [item.prompt for item in random_items(engine, seed=2)]
+    theirs = [whole(their_text(engine, prompt, 12)).strip() for prompt in prompts]
+    assert len(set(theirs)) > len(prompts) // 2 and len({len(prompt) for prompt in prompts}) > 4
+    for tokens, rows in ((2048, 32), (100, 32), (2048, 1), (2048, 3)):
+        monkeypatch.setattr(engine_module, "TOKENS_PER_PASS", tokens)
+        monkeypatch.setattr(engine_module, "ROWS_PER_GENERATION", rows)
+        assert engine.generate(prompts, max_new_tokens=12, stop=()) == theirs
+    assert engine.generate(prompts[::-1], max_new_tokens=12, stop=()) == theirs[::-1]
+
+
+def test_a_folders_own_generation_settings_do_not_change_greedy_text(pico: Path, bpe_engine: Engine) -> None:
+    prompts = [item.prompt for item in random_items(bpe_engine, seed=2)]
+    theirs = bpe_engine.generate(prompts, max_new_tokens=12, stop=())
+    loaded = load_model(find_model(str(pico)), dtype="float32")
+    settings = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "stop_strings": ["\n"], "min_new_tokens": 40, "suppress_tokens": [5]}
+    loaded.model.generation_config = GenerationConfig(do_sample=True, temperature=2.0, **settings)
+    ours = Engine(loaded).generate(prompts, max_new_tokens=12, stop=())
+    assert ours == theirs and any(ours)
+
+
+Force = Callable[..., list[int]]
+
+
+@pytest.fixture
+def force(monkeypatch: pytest.MonkeyPatch) -> Force:
+    """Make the model of an engine say the given ids behind any prompt of the given length, whatever it thinks."""
+
+    def start(engine: Engine, ids: Sequence[int], prompt_length: int = 3) -> list[int]:
+        original = type(engine.model).forward
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            cache = kwargs.get("past_key_values")
+            known = cache.get_seq_length() if cache is not None else 0
+            step = known - prompt_length + 1 if known else 0
+            out = original(engine.model, *args, **kwargs)
+            out.logits.fill_(-50)
+            out.logits[:, -1, ids[step] if step < len(ids) else engine.tokenizer.eos_token_id] = 50
+            return out
+
+        monkeypatch.setattr(engine.model, "forward", forward, raising=False)
+        return [5] * prompt_length
+
+    return start
+
+
+def byte_ids(engine: Engine, text: str) -> list[int]:
+    """One id for every UTF-8 byte of a text."""
+    vocab = engine.tokenizer.get_vocab()
+    if "<0x0A>" in vocab:
+        return [vocab[f"<0x{byte:02X}>"] for byte in text.encode()]
+    # Byte-level BPE: a byte is written as the character that its pre-tokenizer shows for it.
+    shown = {}
+    spare = 256
+    for byte in range(256):
+        if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
+            shown[byte] = chr(byte)
+        else:
+            shown[byte] = chr(spare)
+            spare += 1
+    return [vocab[shown[byte]] for byte in text.encode()]
+
+
+def tokens_of(engine: Engine, text: str) -> list[int]:
+    ids = engine.tokenizer(text, add_special_tokens=False).input_ids
+    assert engine.tokenizer.decode(ids) == text
+    return list(ids)
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "heard"),
+    [
+        ("Paris\nand more", ("\n",), "Paris"),
+        ("\n\n  Paris\nand more", ("\n",), "Paris"),
+        ("Paris and more", ("\n",), "Paris and more"),
+        ("Paris. END of it", ("END",), "Paris."),
+        ("Paris### Human: hi", ("### Human:",), "Paris"),
+        ("Paris### Hummus", ("### Human:",), "Paris### Hummus"),
+        ("Paris##", ("### Human:",), "Paris##"),
+        ("one two three four", ("four", "two"), "one"),
+        ("one\ntwo", (), "one\ntwo"),
+        ("\n\n", ("\n",), ""),
+    ],
+)
+@pytest.mark.parametrize("split", ["bytes", "tokens"])
+def test_text_ends_before_the_first_stop_string(
+    bpe_engine: Engine, force: Force, said: str, stop: tuple[str, ...], heard: str, split: str
+) -> None:
+    ids = byte_ids(bpe_engine, said) if split == "bytes" else tokens_of(bpe_engine, said)
+    prompt = force(bpe_engine, ids)
+    for max_new_tokens in (len(ids), len(ids) + 5):
+        assert bpe_engine.generate([prompt, prompt], max_new_tokens=max_new_tokens, stop=stop) == [heard, heard]
+        pieces = list(bpe_engine.stream(prompt, max_new_tokens=max_new_tokens, stop=tuple(s for s in stop if s != "\n") or stop))
+        if not said.startswith("\n"):
+            assert "".join(pieces) == heard
+
+
+def test_a_stop_string_split_over_tokens_ends_the_text_at_once(bpe_engine: Engine, force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = byte_ids(bpe_engine, "Paris### Human: and then a long tail")
+    prompt = force(bpe_engine, ids)
+    calls = []
+    forward = bpe_engine.model.forward
+    monkeypatch.setattr(
+        bpe_engine.model, "forward", functools.wraps(forward)(lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    )
+    assert bpe_engine.generate([prompt], max_new_tokens=len(ids), stop=("### Human:",)) == ["Paris"]
+    needed = len("Paris### Human:")
+    assert len(calls) == needed < len(ids)
+    calls.clear()
+    assert "".join(bpe_engine.stream(prompt, max_new_tokens=len(ids), stop=("### Human:",))) == "Paris"
+    assert len(calls) == needed
+
+
+def test_the_end_marker_ends_text_and_is_not_shown(engine: Engine, force: Force) -> None:
+    ids = [*byte_ids(engine, "Par"), engine.tokenizer.eos_token_id, *byte_ids(engine, "is")]
+    prompt = force(engine, ids)
+    assert engine.generate([prompt], max_new_tokens=20, stop=()) == ["Par"]
+    assert "".join(engine.stream(prompt, max_new_tokens=20)) == "Par"
+    prompt = force(engine, [engine.tokenizer.eos_token_id])
+    assert engine.generate([prompt], max_new_tokens=20) == [""] and list(engine.stream(prompt)) == []
+
+
+def test_rows_that_end_early_do_not_disturb_the_others(bpe_engine: Engine) -> None:
+    prompts = [item.prompt for item in random_items(bpe_engine, seed=3)]
+    unstopped = bpe_engine.generate(prompts, max_new_tokens=12, stop=())
+    letters = [text[len(text) // 2] for text in unstopped if len(text) > 4]
+    stop = (letters[0],)
+    assert 0 < sum(stop[0] in text for text in unstopped) < len(unstopped), "some stop and some do not"
+    ours = bpe_engine.generate(prompts, max_new_tokens=12, stop=stop)
+    theirs = [text.partition(stop[0])[0].strip() for text in unstopped]
+    assert ours == theirs
+
+
+def test_a_stream_joined_is_the_generated_text(engine: Engine) -> None:
+    prompts = [item.prompt for item in random_items(engine, seed=2)]
+    texts = engine.generate(prompts, max_new_tokens=16, stop=())
+    pieces = [list(engine.stream(prompt, max_new_tokens=16)) for prompt in prompts]
+    assert ["".join(each).strip() for each in pieces] == texts and any(texts)
+    assert sum(len(each) > 3 for each in pieces) > len(prompts) // 2, "it comes in pieces"
+
+
+EMOJI = "a\N{GRINNING FACE}é\N{FAMILY}漢 b\N{ROCKET}"
+
+
+def test_a_character_of_several_bytes_is_never_split(engine: Engine, force: Force) -> None:
+    prompt = force(engine, byte_ids(engine, EMOJI))
+    pieces = list(engine.stream(prompt, max_new_tokens=100))
+    assert "".join(pieces) == EMOJI == engine.generate([prompt], max_new_tokens=100, stop=())[0]
+    assert pieces == list(EMOJI), "one piece for each character, none before it is whole"
+
+
+def test_a_character_that_the_limit_cuts_off_is_left_out(engine: Engine, force: Force) -> None:
+    ids = byte_ids(engine, EMOJI)
+    prompt = force(engine, ids)
+    for limit in range(1, len(ids)):
+        text = "".join(engine.stream(prompt, max_new_tokens=limit))
+        assert text == EMOJI.encode()[:limit].decode(errors="ignore")
+        assert engine.generate([prompt], max_new_tokens=limit, stop=()) == [text.strip()]
+
+
+def test_bytes_that_are_no_character_do_not_hold_the_rest_back(bpe_engine: Engine, force: Force) -> None:
+    broken = byte_ids(bpe_engine, "\N{GRINNING FACE}")[:2]
+    prompt = force(bpe_engine, [*byte_ids(bpe_engine, "a"), *broken, *byte_ids(bpe_engine, "bSTOPc")])
+    pieces = list(bpe_engine.stream(prompt, max_new_tokens=100, stop=("STOP",)))
+    assert pieces[0] == "a" and "".join(pieces).endswith("b") and "STOP" not in "".join(pieces)
+
+
+def test_a_stop_string_behind_broken_bytes_is_not_shown(bpe_engine: Engine, force: Force) -> None:
+    broken = byte_ids(bpe_engine, "\N{GRINNING FACE}")[:2]
+    prompt = force(bpe_engine, [*byte_ids(bpe_engine, "a"), *broken, *byte_ids(bpe_engine, "STOP and more")])
+    assert "".join(bpe_engine.stream(prompt, max_new_tokens=100, stop=("STOP",))).rstrip("\N{REPLACEMENT CHARACTER}") == "a"
+    assert bpe_engine.generate([prompt], max_new_tokens=100, stop=("STOP",))[0].rstrip("\N{REPLACEMENT CHARACTER}") == "a"
+
+
+def test_a_stop_string_is_never_shown_even_in_part(engine: Engine, force: Force) -> None:
+    said, stop = "Yes ### Hum ### Human: no", "### Human:"
+    prompt = force(engine, byte_ids(engine, said))
+    shown = ""
+    for piece in engine.stream(prompt, max_new_tokens=100, stop=(stop,)):
+        shown += piece
+        assert not any(shown.endswith(stop[:n]) for n in range(1, len(stop)))
+    assert shown == "Yes ### Hum "
+
+
+def test_leading_blanks_are_not_shown(engine: Engine, force: Force) -> None:
+    prompt = force(engine, byte_ids(engine, " \n Yes no"))
+    assert "".join(engine.stream(prompt, max_new_tokens=100, stop=("\n",))) == "Yes no"
+
+
+def test_a_sampled_stream_depends_on_its_seed_alone(bpe_engine: Engine) -> None:
+    def text(seed: int, temperature: float) -> str:
+        return "".join(bpe_engine.stream([5, 300, 17], max_new_tokens=20, temperature=temperature, seed=seed))
+
+    assert text(1, 1.0) == text(1, 1.0)
+    assert len({text(seed, 1.0) for seed in range(5)}) > 2
+    assert text(1, 0.0) == text(2, 0.0)
+
+
+def test_groups_hold_every_index_once_within_the_budget() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        lengths = [draw.randrange(1, 60) for _ in range(draw.randrange(0, 30))]
+        max_tokens, max_rows = draw.randrange(1, 300), draw.randrange(1, 9)
+        groups = list(engine_module._groups(lengths, max_tokens, max_rows))
+        assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+        for group in groups:
+            assert 0 < len(group) <= max_rows
+            assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= max_tokens
+        longest = [max(lengths[i] for i in group) for group in groups]
+        assert longest == sorted(longest, reverse=True), "what needs most memory comes first"
+
+
+def test_an_engine_computes_without_gradients_and_in_evaluation(pico: Path) -> None:
+    loaded = load_model(find_model(str(pico)), dtype="float32")
+    loaded.model.train()
+    engine = Engine(loaded)
+    assert not engine.model.training
+    seen = SimpleNamespace(grad=None)
+    handle = engine.model.get_decoder().register_forward_hook(lambda *args: setattr(seen, "grad", torch.is_inference_mode_enabled()))
+    engine.score([Branches([5], [[6]])])
+    handle.remove()
+    assert seen.grad is True

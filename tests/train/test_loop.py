@@ -1,0 +1,246 @@
+"""Training on the pico model: exact losses, exact resume, a result that is a normal folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from mtllama import config as configs
+from mtllama import folders
+from mtllama.data.batching import pack
+from mtllama.data.mixture import Mixture, MixtureConfig
+from mtllama.data.prompt import FORMATS, PromptEncoder
+from mtllama.errors import UserError
+from mtllama.model.load import LoadedModel, find_model, load_model
+from mtllama.train import loop, state
+from mtllama.train.recipe import Recipe, TrainConfig, load_recipe
+from mtllama.weights.shards import CheckpointReader
+
+TRAIN = TrainConfig(examples=80, batch_size=8, lr=2e-3, max_length=256, tokens_per_pass=700, dtype="float32", save_every=4)
+
+
+def recipe(pico: Path, out: Path, **train: object) -> Recipe:
+    return Recipe(out=out, train=TrainConfig(**{**vars(TRAIN), **train}), model=str(pico), data=MixtureConfig(dir=Path("sampler")))  # type: ignore[arg-type]
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / loop.METRICS).read_text(encoding="utf-8").splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(folder)
+    return {name: reader.tensor(name) for name in reader}
+
+
+@pytest.fixture
+def loaded(pico: Path) -> LoadedModel:
+    return load_model(find_model(str(pico)), format="mtllama", train=True)
+
+
+@pytest.fixture(scope="module")
+def trained(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pico model after ten steps."""
+    return loop.run(recipe(pico, tmp_path_factory.mktemp("trained") / "model"))
+
+
+def test_the_loss_falls_and_every_family_is_accounted_for(trained: Path) -> None:
+    lines = metrics(trained)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    for line in lines:
+        parts = line["families"].values()
+        assert sum(p["loss"] * p["targets"] for p in parts) / sum(p["targets"] for p in parts) == pytest.approx(line["loss"], rel=1e-5)
+    assert len({family for line in lines for family in line["families"]}) == 8
+
+
+def test_golden_losses_of_the_pico_model(trained: Path) -> None:
+    """Another number here is another training: change it only with a reason in the commit."""
+    golden = json.loads((Path(__file__).parent / "golden_losses.json").read_text(encoding="utf-8"))
+    assert len(golden) == 10
+    assert [line["loss"] for line in metrics(trained)] == pytest.approx(golden, rel=2e-3)
+
+
+def test_the_loss_of_target_rows_equals_that_of_the_whole_logits(loaded: LoadedModel, pico: Path) -> None:
+    encoder = PromptEncoder(loaded.tokenizer, loaded.format, 256)
+    mixture = Mixture(MixtureConfig(dir=Path("sampler")))
+    examples = [encoder.encode(e.inputs, e.targets) for e in map(mixture.__getitem__, range(6)) if e]
+    assert len(examples) == 6 and all(examples)
+    ours = torch.cat([loop.target_losses(loaded.model, batch) for batch in pack([e for e in examples if e], 10_000)])
+    reference = LlamaForCausalLM.from_pretrained(pico, dtype=torch.float32)
+    theirs = []
+    for example in examples:
+        assert example is not None
+        ids = torch.tensor([example.ids])
+        labels = ids.clone()
+        labels[:, : -example.num_target] = -100
+        theirs.append(float(reference(input_ids=ids, labels=labels).loss) * example.num_target)
+    sums = torch.stack([part.sum() for part in ours.split([e.num_target for e in examples if e])])
+    torch.testing.assert_close(sums, torch.tensor(theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens_per_pass", [1, 150, 100_000])
+def test_gradients_do_not_depend_on_how_a_batch_is_split(loaded: LoadedModel, tokens_per_pass: int) -> None:
+    encoder = PromptEncoder(loaded.tokenizer, loaded.format, 256)
+    mixture = Mixture(MixtureConfig(dir=Path("sampler")))
+    examples = [e for e in (encoder.encode(x.inputs, x.targets) for x in map(mixture.__getitem__, range(7)) if x) if e]
+    passes = len(list(pack(examples, tokens_per_pass)))
+    assert passes == {1: 7, 100_000: 1}.get(tokens_per_pass, passes) and len(examples) == 7
+
+    def gradients(budget: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        loaded.model.zero_grad()
+        losses = loop._backward(loaded.model, examples, torch.float32, budget)
+        return losses, [p.grad.clone() for p in loaded.model.parameters()]
+
+    ours, theirs = gradients(tokens_per_pass), gradients(400)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-6)
+    assert any(float(g.abs().max()) > 1e-3 for g in ours[1])
+
+
+def test_no_example_of_a_pack_sees_another(loaded: LoadedModel) -> None:
+    encoder = PromptEncoder(loaded.tokenizer, loaded.format, 256)
+    first, other, last = (
+        encoder.encode(text, "one") for text in ("What is it?", "Something wholly different, and longer.", "Who was that?")
+    )
+    assert first and other and last
+    losses = []
+    for neighbour in (first, other):
+        (batch,) = pack([neighbour, last], 10_000)
+        losses.append(loop.target_losses(loaded.model, batch)[-last.num_target :])
+    assert batch.segments[0] != len(first.ids)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+
+
+def test_the_result_is_a_normal_folder_that_carries_its_format(trained: Path, pico: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    encoder = PromptEncoder(tokenizer, FORMATS["mtllama"], 256)
+    mixture, compared = Mixture(MixtureConfig(dir=Path("sampler"))), 0
+    for example in filter(None, map(mixture.__getitem__, range(60))):
+        user = {"role": "user", "content": example.inputs}
+        asked = tokenizer.apply_chat_template([user], add_generation_prompt=True, return_dict=False)
+        told = tokenizer.apply_chat_template([user, {"role": "assistant", "content": example.targets}], return_dict=False)
+        whole = encoder.prompt_ids(example.inputs, room=-10_000)[0]
+        assert asked == whole
+        assert told == whole + encoder.answer_ids(example.targets)
+        compared += 1
+    assert compared == 60
+    manifest = folders.read_manifest(trained)
+    assert manifest is not None and manifest["format"] == "mtllama" and manifest["totals"]["examples"] == 80
+    before, after = weights(pico), weights(trained)
+    assert before.keys() == after.keys()
+    assert sum(not torch.equal(before[name], after[name]) for name in before) > len(before) // 2
+
+
+def test_a_text_end_marker_becomes_a_stop_string(pico: Path, tmp_path: Path) -> None:
+    run = Recipe(
+        out=tmp_path / "m",
+        train=TrainConfig(examples=2, batch_size=2),
+        model=str(pico),
+        format="mt-llama-train",
+        data=MixtureConfig(dir=Path("sampler")),
+    )
+    model = AutoModelForCausalLM.from_pretrained(loop.run(run))
+    assert model.generation_config.stop_strings == ["\n"]
+
+
+def test_a_run_that_was_killed_ends_with_the_same_bits(pico: Path, tmp_path: Path, trained: Path) -> None:
+    """kill -9 while it trains, as often as it takes; the same command goes on."""
+    file = tmp_path / "recipe.yaml"
+    values = configs.to_dict(recipe(pico, tmp_path / "model", save_every=1))
+    file.write_text(
+        json.dumps({key: value for key, value in values.items() if value is not None} | {"data": {"dir": "sampler"}}), encoding="utf-8"
+    )
+    work, kills = tmp_path / "model.partial", 0
+    command = [sys.executable, "-m", "mtllama", "train", "run", str(file)]
+    for wanted in (2, 5):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        while process.poll() is None and len(list((work / "checkpoints").glob("step-*"))) == 0:
+            time.sleep(0.02)
+        while process.poll() is None and len((work / loop.METRICS).read_text(encoding="utf-8").splitlines()) < wanted:
+            time.sleep(0.005)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        assert not (tmp_path / "model").exists() or kills == 0
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert kills == 2
+    assert "going on from step" in done.stderr
+    ours, theirs = weights(tmp_path / "model"), weights(trained)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [line["loss"] for line in metrics(tmp_path / "model")] == [line["loss"] for line in metrics(trained)]
+    assert not work.exists()
+
+
+def test_a_torn_checkpoint_is_passed_over_with_a_word(pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = load_model(find_model(str(pico)), train=True).model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    for step in (1, 2):
+        state.save(tmp_path, step, model, optimizer, {"examples": step}, keep=3)
+    newest = tmp_path / "step-0000002" / state.TENSORS
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    assert state.restore(tmp_path, model, optimizer) == (1, {"examples": 1})
+    assert "step-0000002" in capsys.readouterr().err
+
+
+def test_only_the_last_checkpoints_are_kept(pico: Path, tmp_path: Path) -> None:
+    model = load_model(find_model(str(pico)), train=True).model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(1, 6):
+        state.save(tmp_path, step, model, optimizer, {}, keep=2)
+    assert [folder.name for folder in sorted(tmp_path.iterdir())] == ["step-0000004", "step-0000005"]
+
+
+def test_an_unfinished_run_of_another_recipe_is_refused(pico: Path, tmp_path: Path) -> None:
+    loop._claim(tmp_path / "m.partial", recipe(pico, tmp_path / "m"), overwrite=False)
+    with pytest.raises(UserError, match="another recipe"):
+        loop.run(recipe(pico, tmp_path / "m", lr=1e-5))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_before_the_step(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_backward", lambda model, examples, *rest: torch.full((len(examples),), float("nan")))
+    with pytest.raises(UserError, match="step 0: loss nan"):
+        loop.run(recipe(pico, tmp_path / "m"))
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_answer_that_is_too_long_is_counted_and_never_trained_on_as_nothing(pico: Path, tmp_path: Path) -> None:
+    out = loop.run(recipe(pico, tmp_path / "m", max_length=24, examples=32))
+    totals = (folders.read_manifest(out) or {})["totals"]
+    assert totals["skipped"] > 0 and totals["cut"] > 0
+    assert totals["examples"] + totals["skipped"] == 32
+    assert all(line["targets"] > 0 for line in metrics(out))
+
+
+def test_the_learning_rate_warms_up_and_ends_near_zero() -> None:
+    train = TrainConfig(examples=1000, batch_size=10, lr=1.0, warmup_ratio=0.1)
+    rates = [loop.learning_rate(train, step) for step in range(train.num_steps)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
+    assert max(rates) == rates[9] and 0 < rates[-1] < 0.01
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_every_shipped_recipe_is_read() -> None:
+    shipped = list((Path(loop.__file__).parents[1] / "recipes").glob("*.yaml"))
+    assert shipped
+    for file in shipped:
+        assert load_recipe(Path(file.stem)).train.num_steps > 0
+
+
+def test_values_on_the_command_line_win_over_the_recipe() -> None:
+    assert load_recipe(Path("quickstart"), ["train.lr=3e-5", "train.examples=7"]).train.lr == 3e-5
+    with pytest.raises(UserError, match=r"did you mean train\.lr\?"):
+        load_recipe(Path("quickstart"), ["train.lrr=1"])

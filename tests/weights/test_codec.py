@@ -1,0 +1,188 @@
+"""The lossless difference of two tensors: exact for every bit pattern, small for small changes, loud when damaged."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtllama.errors import UserError
+from mtllama.weights import codec
+from mtllama.weights.shards import DTYPES, raw_bytes
+
+DTYPE_LIST = list(DTYPES.values())
+
+
+def from_patterns(patterns: list[int], dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    data = b"".join(pattern.to_bytes(dtype.itemsize, "little") for pattern in patterns)
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+
+
+def special_patterns(dtype: torch.dtype) -> list[int]:
+    """Zeros, extremes, infinities, quiet and signalling NaN and subnormals of both signs (bit patterns of any float layout)."""
+    if dtype == torch.bool:
+        return [0, 1]
+    bits = 8 * dtype.itemsize
+    sign = 1 << (bits - 1)
+    positive = [0, 1, 2, sign - 1, sign >> 1, (sign >> 1) - 1]
+    if dtype.is_floating_point:
+        numbers = torch.finfo(dtype)
+        values = torch.tensor([float("inf"), float("nan"), numbers.max, numbers.tiny, numbers.smallest_normal / 2, 1.0]).to(dtype)
+        if dtype == torch.float64:
+            values = torch.tensor([float("inf"), float("nan"), numbers.max, numbers.tiny, numbers.smallest_normal / 2, 1.0], dtype=dtype)
+        positive += [int.from_bytes(bytes(raw_bytes(value)), "little") & (sign - 1) for value in values]
+        positive.append(positive[6] | 1)  # infinity with a payload: a signalling NaN
+    return [*positive, *(pattern | sign for pattern in positive)]
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """Base and target of one dtype and shape; any bit pattern, the special ones often."""
+    dtype = draw(st.sampled_from(DTYPE_LIST))
+    shape = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
+    count = torch.Size(shape).numel()
+    anything = st.integers(0, 1) if dtype == torch.bool else st.integers(0, (1 << 8 * dtype.itemsize) - 1)
+    patterns = st.lists(st.one_of(st.sampled_from(special_patterns(dtype)), anything), min_size=count, max_size=count)
+    return from_patterns(draw(patterns), dtype, shape), from_patterns(draw(patterns), dtype, shape)
+
+
+def assert_same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+    assert bytes(raw_bytes(ours)) == bytes(raw_bytes(theirs))
+
+
+@settings(max_examples=300, deadline=None)
+@given(pairs())
+def test_every_tensor_comes_back_bit_for_bit_from_any_base(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    base, target = pair
+    before = bytes(raw_bytes(base))
+    assert_same_bits(codec.decode(base, codec.encode(base, target), "t"), target)
+    assert_same_bits(codec.decode_whole(codec.encode_whole(target), target.dtype, tuple(target.shape), "t"), target)
+    assert bytes(raw_bytes(base)) == before, "the base is left as it was"
+
+
+@pytest.mark.parametrize("dtype", DTYPE_LIST, ids=str)
+def test_every_special_value_comes_back_from_every_other(dtype: torch.dtype) -> None:
+    patterns = special_patterns(dtype)
+    base = from_patterns([a for a in patterns for _ in patterns], dtype, (len(patterns), len(patterns)))
+    target = from_patterns(patterns * len(patterns), dtype, (len(patterns), len(patterns)))
+    if dtype.is_floating_point:
+        wide = target.double()
+        assert wide.isnan().any() and ((wide == 0) & wide.signbit()).any() and ((wide == 0) & ~wide.signbit()).any()
+        assert dtype == torch.float8_e4m3fn or wide.isinf().any(), "float8_e4m3fn has no infinity"
+    assert_same_bits(codec.decode(base, codec.encode(base, target), "t"), target)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPE_LIST if dtype.itemsize == 1 and dtype != torch.bool], ids=str)
+def test_all_pairs_of_one_byte_values_come_back(dtype: torch.dtype) -> None:
+    base = torch.arange(256, dtype=torch.uint8).repeat_interleave(256).view(dtype)
+    target = torch.arange(256, dtype=torch.uint8).repeat(256).view(dtype)
+    assert base.numel() == 65536
+    assert_same_bits(codec.decode(base, codec.encode(base, target), "t"), target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int16], ids=str)
+def test_all_two_byte_values_come_back(dtype: torch.dtype) -> None:
+    base = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    for shift in (0, 1, 32767, 32768, 40000):
+        target = base.view(torch.int16).roll(shift).view(dtype)
+        assert_same_bits(codec.decode(base, codec.encode(base, target), "t"), target)
+
+
+def test_a_tensor_that_is_not_contiguous_comes_back() -> None:
+    base, target = torch.randn(6, 4).T, torch.randn(6, 4).T
+    assert not base.is_contiguous()
+    assert_same_bits(codec.decode(base, codec.encode(base, target), "t"), target.contiguous())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float8_e5m2, torch.float32], ids=str)
+def test_a_restored_tensor_can_be_written_to(dtype: torch.dtype) -> None:
+    target = torch.ones(8).to(dtype)
+    for restored in (
+        codec.decode(target, codec.encode(target, target), "t"),
+        codec.decode_whole(codec.encode_whole(target), dtype, (8,), "t"),
+    ):
+        assert (
+            restored.numpy(force=True).flags.writeable if dtype != torch.float8_e5m2 else restored.view(torch.uint8).numpy().flags.writeable
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [(torch.float32, 0.8), (torch.float16, 0.6), (torch.bfloat16, 0.5)], ids=["float32", "float16", "bfloat16"]
+)
+def test_small_updates_become_a_small_delta(dtype: torch.dtype, largest: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = 0.02 * torch.randn(200_000, generator=generator)
+    base = weights.to(dtype)
+    target = (base.float() + 1e-4 * torch.randn(200_000, generator=generator)).to(dtype)
+    assert (base != target).float().mean() > 0.3, "most weights do change"
+    data = codec.encode(base, target)
+    assert len(data) < largest * base.nbytes
+    assert len(data) < 0.9 * len(codec.encode_whole(target)), "a difference is smaller than the tensor alone"
+    assert_same_bits(codec.decode(base, data, "t"), target)
+
+
+def test_equal_tensors_become_next_to_nothing() -> None:
+    base = torch.randn(100_000)
+    assert len(codec.encode(base, base.clone())) < 0.001 * base.nbytes
+
+
+def test_a_step_to_the_neighbouring_number_costs_the_same_everywhere() -> None:
+    base = torch.tensor([0.0, 1.0, -1.0, 1e-42, -1e-42, 3e38, -3e38, float("inf"), 1.9999999]).repeat(1000)
+    far = torch.randn(9000, generator=torch.Generator().manual_seed(0))
+    up, down = torch.nextafter(base, torch.tensor(torch.inf)), torch.nextafter(base, torch.tensor(-torch.inf))
+    for target in (up, down):
+        assert (target != base).sum() >= 8000
+        assert len(codec.encode(base, target)) < 500 < len(codec.encode(base, far)) / 10
+
+
+def test_data_of_another_length_is_an_error_that_names_the_tensor() -> None:
+    base, longer = torch.randn(50), torch.randn(51)
+    with pytest.raises(UserError, match=r"layer\.7.*204 bytes, 200 are needed"):
+        codec.decode(base, codec.encode(longer, longer), "layer.7")
+    with pytest.raises(UserError, match=r"layer\.7.*200 bytes, 204 are needed"):
+        codec.decode_whole(codec.encode_whole(base), torch.float32, (51,), "layer.7")
+    with pytest.raises(UserError, match=r"layer\.7"):
+        codec.decode(torch.zeros(0), codec.encode(base, base), "layer.7")
+
+
+def test_data_cut_off_anywhere_is_an_error_that_names_the_tensor() -> None:
+    base, target = torch.randn(300), torch.randn(300)
+    data = codec.encode(base, target)
+    for length in (0, 1, 3, 4, 5, 8, len(data) // 2, len(data) - 1):
+        with pytest.raises(UserError, match=r"layer\.7"):
+            codec.decode(base, data[:length], "layer.7")
+
+
+def test_foreign_data_is_an_error_that_names_the_tensor() -> None:
+    for data in (b"no zstandard at all", b"\0" * 100, b"\x50\x2a\x4d\x18\x04\0\0\0abcd"):  # the last is a skippable frame
+        with pytest.raises(UserError, match=r"layer\.7"):
+            codec.decode(torch.zeros(25), data, "layer.7")
+
+
+def test_a_flipped_bit_never_ends_in_anything_but_a_user_error_or_a_tensor_of_the_right_kind() -> None:
+    # Values may come out wrong here; the SHA-256 of the delta finds them (test_delta.py).
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(400, generator=generator).bfloat16()
+    target = (base.float() + 0.01 * torch.randn(400, generator=generator)).bfloat16()
+    data = codec.encode(base, target)
+    refused = wrong = 0
+    for place in random.Random(0).sample(range(8 * len(data)), 300):
+        damaged = bytearray(data)
+        damaged[place // 8] ^= 1 << (place % 8)
+        try:
+            restored = codec.decode(base, bytes(damaged), "layer.7")
+        except UserError as error:
+            assert "layer.7" in str(error)
+            refused += 1
+        else:
+            assert (restored.dtype, restored.shape) == (target.dtype, target.shape)
+            wrong += bytes(raw_bytes(restored)) != bytes(raw_bytes(target))
+    assert refused > 0 and wrong > 0 and refused + wrong > 250, (refused, wrong)
+
+
+def test_only_tensors_of_one_kind_have_a_difference() -> None:
+    for other in (torch.zeros(4), torch.zeros(3, dtype=torch.float16)):
+        with pytest.raises(AssertionError, match="one kind"):
+            codec.encode(torch.zeros(3), other)

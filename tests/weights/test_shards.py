@@ -1,0 +1,305 @@
+"""Checkpoints by tensor name: parity with safetensors' own library, `.bin` of both layouts, and what is refused."""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtllama.errors import UserError
+from mtllama.weights.shards import (
+    BIN_INDEX,
+    BIN_SINGLE,
+    DTYPES,
+    INDEX,
+    SINGLE,
+    CheckpointReader,
+    SafetensorsWriter,
+    TensorInfo,
+    plan_shards,
+    raw_bytes,
+    write_index,
+)
+
+Tensors = dict[str, torch.Tensor]
+
+
+def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Random bits as a tensor: every NaN and infinity may come up."""
+    count = torch.Size(shape).numel() * dtype.itemsize
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randint(0, 2 if dtype == torch.bool else 256, (count,), dtype=torch.uint8, generator=generator)
+    return data.view(dtype).reshape(shape)
+
+
+def every_kind() -> Tensors:
+    """Every dtype as a matrix, a vector of odd length, a scalar and two empty tensors."""
+    shapes = {"matrix": (5, 7), "vector": (3,), "scalar": (), "empty": (0,), "flat": (4, 0)}
+    return {
+        f"{name}.{kind}": random_tensor(dtype, shape, seed)
+        for seed, (name, dtype) in enumerate(DTYPES.items())
+        for kind, shape in shapes.items()
+    }
+
+
+def infos(tensors: Tensors) -> dict[str, TensorInfo]:
+    return {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def write(path: Path, tensors: Tensors) -> None:
+    with SafetensorsWriter(path, infos(tensors)) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def assert_equal(ours: Tensors, theirs: Tensors) -> None:
+    """Same names, dtypes, shapes and bits (NaN equals itself here)."""
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert (ours[name].dtype, ours[name].shape) == (theirs[name].dtype, theirs[name].shape), name
+        assert bytes(raw_bytes(ours[name])) == bytes(raw_bytes(theirs[name])), name
+
+
+def read(folder: Path) -> Tensors:
+    reader = CheckpointReader(folder)
+    assert len(reader) == len(list(reader))
+    for name in reader:
+        tensor = reader.tensor(name)
+        assert reader.info(name) == TensorInfo(tensor.dtype, tuple(tensor.shape)) and name in reader
+    return {name: reader.tensor(name) for name in reader}
+
+
+def test_a_file_of_ours_is_read_equal_by_safetensors(tmp_path: Path) -> None:
+    ours = every_kind()
+    assert len(ours) == 5 * len(DTYPES) and {tensor.dtype for tensor in ours.values()} == set(DTYPES.values())
+    write(tmp_path / SINGLE, ours)
+    theirs = safetensors.torch.load_file(tmp_path / SINGLE)
+    assert_equal(ours, theirs)
+    with safetensors.safe_open(tmp_path / SINGLE, framework="pt") as handle:
+        assert handle.metadata() == {"format": "pt"}
+
+
+def test_a_file_of_safetensors_is_read_equal_by_us(tmp_path: Path) -> None:
+    theirs = every_kind()
+    safetensors.torch.save_file(theirs, tmp_path / SINGLE)
+    ours = read(tmp_path)
+    assert_equal(ours, theirs)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__"),
+            st.sampled_from(sorted(DTYPES)),
+            st.lists(st.integers(0, 4), max_size=3),
+        ),
+        unique_by=lambda each: each[0],
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(0, 1000),
+    st.integers(1, 200),
+)
+def test_any_names_and_shapes_come_back_in_any_split(
+    tmp_path_factory: pytest.TempPathFactory, kinds: list[tuple[str, str, list[int]]], seed: int, max_bytes: int
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    ours = {name: random_tensor(DTYPES[dtype], tuple(shape), seed) for name, dtype, shape in kinds}
+    plan = plan_shards(infos(ours), max_bytes)
+    assert [name for group in plan.values() for name in group] == list(ours), "a plan keeps order and loses nothing"
+    for file, group in plan.items():
+        assert len(group) == 1 or sum(info.num_bytes for info in group.values()) <= max_bytes
+        write(folder / file, {name: ours[name] for name in group})
+    write_index(folder, plan)
+    assert (folder / INDEX).is_file() == (len(plan) > 1)
+    assert_equal(read(folder), ours)
+    theirs = {name: tensor for file in plan for name, tensor in safetensors.torch.load_file(folder / file).items()}
+    assert_equal(ours, theirs)
+
+
+def sharded(folder: Path) -> Tensors:
+    """A checkpoint in several files with an index, all of one size of shard."""
+    tensors = {f"layer.{i}": random_tensor(torch.float16, (8, 4), i) for i in range(6)}
+    plan = plan_shards(infos(tensors), 2 * 64)
+    for file, group in plan.items():
+        write(folder / file, {name: tensors[name] for name in group})
+    write_index(folder, plan)
+    return tensors
+
+
+def test_an_index_gathers_several_shards(tmp_path: Path) -> None:
+    tensors = sharded(tmp_path)
+    assert len(list(tmp_path.glob("model-*-of-00003.safetensors"))) == 3
+    assert_equal(read(tmp_path), tensors)
+    index = json.loads((tmp_path / INDEX).read_text(encoding="utf-8"))
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values()) > 0
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pre-zip"])
+@pytest.mark.parametrize("single", [True, False], ids=["single", "indexed"])
+def test_bin_shards_of_both_layouts_are_read_equal(tmp_path: Path, zipped: bool, single: bool) -> None:
+    theirs = every_kind()
+    if not zipped:  # the layout is older than float8: torch cannot read its own back
+        theirs = {name: tensor for name, tensor in theirs.items() if not name.startswith("F8")}
+    assert len(theirs) >= 50
+    theirs["transposed"] = random_tensor(torch.float32, (4, 6)).T  # is not contiguous
+    names = list(theirs)
+    files = {BIN_SINGLE: names} if single else {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+    for file, group in files.items():
+        torch.save({name: theirs[name] for name in group}, tmp_path / file, _use_new_zipfile_serialization=zipped)
+        assert (tmp_path / file).read_bytes()[:2] == b"PK" or not zipped
+    if not single:
+        weight_map = {name: file for file, group in files.items() for name in group}
+        (tmp_path / BIN_INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    assert_equal(read(tmp_path), theirs)
+
+
+class Mine:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pre-zip"])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path, zipped: bool) -> None:
+    marker = tmp_path / "marker"
+    torch.save({"a": torch.zeros(2), "b": Mine(marker)}, tmp_path / BIN_SINGLE, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=BIN_SINGLE):
+        CheckpointReader(tmp_path)
+    assert not marker.exists()
+    torch.load(tmp_path / BIN_SINGLE, weights_only=False)
+    assert marker.is_dir(), "the pickle runs code where it is let"
+
+
+def test_a_bin_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    contents = [
+        [torch.zeros(2)],
+        {"model": {"a": torch.zeros(2)}},
+        {"a": torch.zeros(2), "step": 3},
+        {"a": torch.zeros(2, dtype=torch.complex64)},
+    ]
+    for content in contents:
+        torch.save(content, tmp_path / BIN_SINGLE)
+        with pytest.raises(UserError, match=f"{BIN_SINGLE}.*(not a checkpoint|complex64)"):
+            CheckpointReader(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    gone = tmp_path / "model-00002-of-00003.safetensors"
+    gone.unlink()
+    with pytest.raises(UserError, match=f"{gone.name} is missing"):
+        CheckpointReader(tmp_path)
+
+
+def test_a_tensor_that_its_shard_lacks_is_named(tmp_path: Path) -> None:
+    tensors = sharded(tmp_path)
+    write(tmp_path / "model-00002-of-00003.safetensors", {"layer.2": tensors["layer.2"]})
+    with pytest.raises(UserError, match=r"model-00002-of-00003.safetensors lacks the tensor layer\.3"):
+        CheckpointReader(tmp_path)
+
+
+@pytest.mark.parametrize("name", [SINGLE, BIN_SINGLE])
+def test_a_file_cut_off_anywhere_is_named(tmp_path: Path, name: str) -> None:
+    tensors = {"a": random_tensor(torch.bfloat16, (16, 4)), "b": random_tensor(torch.float32, (3,))}
+    if name == SINGLE:
+        write(tmp_path / name, tensors)
+    else:
+        torch.save(tensors, tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    lengths = [0, 1, 7, 8, 9, len(whole) // 2, len(whole) - 5, len(whole) - 1]
+    for length in lengths:
+        (tmp_path / name).write_bytes(whole[:length])
+        with pytest.raises(UserError, match=name):
+            read(tmp_path)
+
+
+def test_a_bit_flipped_in_the_header_never_changes_a_tensor_of_the_same_name_and_kind(tmp_path: Path) -> None:
+    tensors = {f"layer.{i}": random_tensor(torch.float16, (8, 4), i) for i in range(4)}
+    write(tmp_path / SINGLE, tensors)
+    whole = (tmp_path / SINGLE).read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    places = random.Random(0).sample(range(8 * end), 150)
+    refused = renamed = 0
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << (place % 8)
+        (tmp_path / SINGLE).write_bytes(damaged)
+        try:
+            found = read(tmp_path)
+        except UserError as error:
+            assert SINGLE in str(error)
+            refused += 1
+            continue
+        for name in found.keys() & tensors.keys():
+            if infos(found)[name] == infos(tensors)[name]:
+                assert_equal({name: found[name]}, {name: tensors[name]})
+        renamed += found.keys() != tensors.keys()
+    assert refused > 50 and renamed > 0, (refused, renamed)
+
+
+@pytest.mark.parametrize("target", ["../outside.safetensors", "sub/inside.safetensors", "/absolute/outside.safetensors"])
+def test_an_index_that_points_outside_its_folder_is_refused(tmp_path: Path, target: str) -> None:
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    write(tmp_path / "outside.safetensors", {"a": torch.zeros(2)})
+    write(folder / "sub" / "inside.safetensors", {"a": torch.zeros(2)})
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": target}}), encoding="utf-8")
+    with pytest.raises(UserError, match=f"{INDEX} points outside its folder .*{target}"):
+        CheckpointReader(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["model.safetensors"]}', '{"weight_map": {"a": [1]}}']
+)
+def test_a_broken_index_is_named(tmp_path: Path, content: str) -> None:
+    write(tmp_path / SINGLE, {"a": torch.zeros(2)})
+    assert len(CheckpointReader(tmp_path)) == 1
+    (tmp_path / INDEX).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=f"{INDEX}|is missing"):
+        CheckpointReader(tmp_path)
+
+
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path} holds no weights"):
+        CheckpointReader(tmp_path)
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        CheckpointReader(tmp_path / "nowhere")
+
+
+def test_a_dtype_that_we_do_not_know_is_named(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"wide": torch.zeros(3, dtype=torch.uint64)}, tmp_path / SINGLE)
+    with pytest.raises(UserError, match="tensor wide has the dtype U64"):
+        CheckpointReader(tmp_path)
+
+
+def test_the_writer_refuses_what_was_not_announced(tmp_path: Path) -> None:
+    one, two = torch.ones(2), torch.ones(3)
+    announced = infos({"one": one, "two": two})
+    wrong: list[Callable[[SafetensorsWriter], None]] = [
+        lambda writer: writer.write("two", two),  # out of order
+        lambda writer: writer.write("other", one),
+        lambda writer: writer.write("one", two),  # another shape
+        lambda writer: writer.write("one", one.half()),
+    ]
+    for act in wrong:
+        with pytest.raises(AssertionError, match="announced"), SafetensorsWriter(tmp_path / SINGLE, announced) as writer:
+            act(writer)
+    with pytest.raises(AssertionError, match="not written"), SafetensorsWriter(tmp_path / SINGLE, announced) as writer:
+        writer.write("one", one)
+    with pytest.raises(AssertionError, match="announced"), SafetensorsWriter(tmp_path / SINGLE, infos({"one": one})) as writer:
+        writer.write("one", one)
+        writer.write("two", two)
+    write(tmp_path / SINGLE, {"one": one, "two": two})
+    assert_equal(read(tmp_path), {"one": one, "two": two})
