@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "mtllama"
 COLUMNS = (
     ("errors",),
-    ("folders", "progress", "config"),
+    ("folders", "progress", "config", "hub"),
     ("weights", "tasks"),
     ("data",),
     ("model",),

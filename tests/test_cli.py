@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +126,23 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
         cli.main()
         text = " ".join(capsys.readouterr().out.split())
         assert f"Example: mtllama {' '.join(words)}" in text, words
+
+
+def test_every_command_of_the_documents_is_one_that_exists(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).resolve().parents[1]
+    lines = set()
+    for file in (root / "README.md", root / "CONTRIBUTING.md", *root.glob("docs/*.md")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            lines |= {match.split("#")[0].strip() for match in re.findall(r"(?:^|`)(mtllama [a-z][^`]*)", line)}
+    assert len(lines) > 15
+    for line in lines:
+        words = line.split()[1:]
+        command = words[: 2 if words[0] in ("models", "tasks", "mix", "train", "delta") else 1]
+        monkeypatch.setattr(sys, "argv", ["mtllama", *command, "--help"])
+        cli.main()
+        known = capsys.readouterr().out
+        for option in (word for word in words if word.startswith("--")):
+            assert f"{option} " in known, line
 
 
 def test_the_commands_of_the_catalogue_and_mixture_print_what_they_promise(

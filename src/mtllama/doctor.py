@@ -3,15 +3,15 @@
 import os
 import platform
 import shutil
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mtllama import hub
+
 Verdict = Literal["ok", "note", "bad"]
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
-HUB_HOST = "huggingface.co"
 
 
 @dataclass(frozen=True)
@@ -125,18 +125,9 @@ def _disk() -> Iterator[Finding]:
 
 
 def _hub() -> Finding:
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        return Finding("note", "hub", "HF_HUB_OFFLINE is set: only local models and data", "unset it to fetch from the hub")
-    try:
-        socket.create_connection((HUB_HOST, 443), timeout=3).close()
-    except OSError as error:
-        return Finding(
-            "note",
-            "hub",
-            f"{HUB_HOST} is not reachable ({error})",
-            "fine for the quickstart; set HF_HUB_OFFLINE=1 so that nothing waits for it",
-        )
-    return Finding("ok", "hub", f"{HUB_HOST} is reachable")
+    if reason := hub.unreachable():
+        return Finding("note", "hub", reason, "fine for the quickstart; models and data must be local, and HF_HUB_OFFLINE=1 saves the wait")
+    return Finding("ok", "hub", "reachable")
 
 
 def _base_model() -> Finding:

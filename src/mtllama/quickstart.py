@@ -42,7 +42,6 @@ def run(out: Path, *, overwrite: bool = False, base: str = NAME, recipe_override
     """
     recipe = load_recipe(Path(RECIPE), (f"model={json.dumps(base)}", *recipe_overrides))
     recipe = replace(recipe, out=out / "tuned")
-    began = time.monotonic()
     state = _claim(out, recipe, overwrite=overwrite)
     steps = _plan(out, recipe, base)
     say(f"quickstart in {out}: {len(steps)} steps, each kept when it is done")
@@ -58,7 +57,7 @@ def run(out: Path, *, overwrite: bool = False, base: str = NAME, recipe_override
         state[step.title] = round(time.monotonic() - start, 1)
         folders.write_json(out / STATE, state)
         say(f"{number}/{len(steps)} done in {state[step.title]:.0f} s")
-    _show(out, base, time.monotonic() - began)
+    _show(out, base, sum(state.values()))
 
 
 def _claim(out: Path, recipe: Recipe, *, overwrite: bool) -> dict[str, float]:
@@ -124,7 +123,7 @@ def _show(out: Path, base: str, seconds: float) -> None:
     for sentence in folders.read_json(out / "report" / "comparison.json")["headline"]:
         print(sentence)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "linux" else 1e9)
-    print(f"\nwall time {seconds / 60:.1f} minutes in this run, peak memory {peak:.1f} GB")
+    print(f"\nthe steps took {seconds / 60:.1f} minutes; peak memory {peak:.1f} GB in this run")
     for what, path in (
         ("tuned model", "tuned"),
         ("delta", "delta"),

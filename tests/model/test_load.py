@@ -270,7 +270,9 @@ def test_a_tokenizer_with_ids_outside_the_embedding_is_refused(pico: Path, tmp_p
         load_model(find_model(str(folder)))
 
 
-def test_the_format_comes_from_the_caller_then_the_manifest_then_the_default(pico: Path, tuned: Path, difference: Path, tmp_path: Path) -> None:
+def test_the_format_comes_from_the_caller_then_the_manifest_then_the_default(
+    pico: Path, tuned: Path, difference: Path, tmp_path: Path
+) -> None:
     assert find_model(str(pico)).own_format() is None and load_model(find_model(str(pico))).format.name == "mtllama"
     assert find_model(str(tuned)).own_format() == "plain" and load_model(find_model(str(tuned))).format.name == "plain"
     through = find_model(None, str(pico), str(difference))
@@ -296,9 +298,7 @@ def test_what_is_told_of_a_model_names_its_weights(pico: Path, tuned: Path, diff
 
 
 @pytest.mark.parametrize(("native", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_is_bfloat16_only_where_the_hardware_multiplies_it(
-    native: bool, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_is_bfloat16_only_where_the_hardware_multiplies_it(native: bool, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "cpu_has_bf16", lambda: native)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
     for device in (torch.device("cpu"), torch.device("cuda")):

@@ -443,7 +443,7 @@ def test_an_error_while_making_leaves_nothing(pico: Path, target: Path, tmp_path
 
 
 KILLED = """
-    # Runs `apply` in forks that kill themselves at their k-th look at the file system, and prints what stands at `out`.
+    # Runs `apply` in forks that kill themselves at the k-th thing they do to the file system, and prints what stands at `out`.
     import json, os, signal, sys
     from pathlib import Path
     from mtllama import folders
@@ -461,7 +461,8 @@ KILLED = """
 
     def hook(name, args):
         global events
-        if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.copyfile", "os.listdir", "os.scandir"):
+        # Before the first folder is made there is only reading.
+        if name == "os.mkdir" or events and name in ("open", "os.rename", "os.remove", "os.rmdir", "shutil.copyfile", "os.listdir", "os.scandir"):
             events += 1
             if events == limit:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -497,7 +498,7 @@ def test_killed_at_any_moment_it_never_leaves_a_part_of_the_output(pico: Path, m
     assert done.returncode == 0, done.stderr
     seen = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
     killed = [(overwrite, kind) for number, overwrite, kind in seen if number == signal.SIGKILL]
-    assert len(killed) > 40
+    assert len(killed) > 30
     assert not [each for each in seen if each[2] == "PART"]
     assert set(killed) >= {(False, "absent"), (True, "old"), (True, "whole")}
     assert seen[-1] == (0, True, "whole")

@@ -100,12 +100,13 @@ def _generate(engine: Engine, items: Sequence[Item], advance: Callable[[int], No
 
 def _record(protocol: str, engine: Engine, item: Item, room: int) -> Record:
     prompt_ids, cut = engine.encoder.prompt_ids(item.inputs, room=room)
+    prompt = engine.tokenizer.decode(prompt_ids) if cut else engine.encoder.prompt_text(item.inputs)
     return {
         "task": item.task,
         "template": item.template,
         "protocol": protocol,
         "item_id": item.item_id,
-        "prompt": engine.encoder.prompt_text(item.inputs),
+        "prompt": prompt,
         "prompt_ids": prompt_ids,
         "cut": cut,
         "choices": list(item.choices) if item.choices else None,

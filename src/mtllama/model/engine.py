@@ -193,8 +193,9 @@ class Engine:
 
     def _whole(self, ids: list[int]) -> str:
         """The text of ids, without the first bytes of a character that the limit cut off."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text.rstrip("\N{REPLACEMENT CHARACTER}")
+        # SentencePiece tokenizers spoil the whole characters before a broken one too, so ids are dropped as well as bytes.
+        texts = [self.tokenizer.decode(ids[: len(ids) - n], skip_special_tokens=True) for n in range(min(4, len(ids)))]
+        return max((text.rstrip("\N{REPLACEMENT CHARACTER}") for text in texts), key=len, default="")
 
 
 def _groups(lengths: Sequence[int], max_tokens: int, max_rows: int = 1 << 30) -> Iterator[list[int]]:

