@@ -83,8 +83,7 @@ def pico(tmp_path_factory: pytest.TempPathFactory, bpe_tokenizer: PreTrainedToke
         pad_token_id=bpe_tokenizer.pad_token_id,
         initializer_range=0.2,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    convert.save_tokenizer(bpe_tokenizer, folder)
+    convert.save_checkpoint(LlamaForCausalLM(config).to(torch.bfloat16), bpe_tokenizer, folder)
     return folder
 
 

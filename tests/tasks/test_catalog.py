@@ -33,7 +33,8 @@ def qa(row: Row) -> str:
 
 def copa(row: Row) -> str:
     relation = "This happened because..." if row["question"] == "cause" else "As a consequence..."
-    return f"{row['premise'].strip()} {relation} Help me pick the more plausible option: - {row['choice1'].strip()}. - {row['choice2'].strip()}"
+    first, second = row["choice1"].strip(), row["choice2"].strip()
+    return f"{row['premise'].strip()} {relation} Help me pick the more plausible option: - {first}. - {second}"
 
 
 def openbookqa(row: Row) -> str:

@@ -84,8 +84,7 @@ def convert(gguf_file: Path, out: Path) -> None:
     )
     tokenizer = _tokenizer(field)
     with folders.new_folder(out, overwrite=True) as folder:
-        model.save_pretrained(folder)
-        save_tokenizer(tokenizer, folder)
+        save_checkpoint(model, tokenizer, folder)
         folders.write_manifest(
             folder,
             "base",
@@ -129,6 +128,18 @@ def _tokenizer(field: Any) -> Any:
         model_max_length=int(field("llama.context_length")),
         clean_up_tokenization_spaces=False,
     )
+
+
+def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save a model folder so that transformers 4, and tools pinned to it, read it as transformers 5 does."""
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    path = folder / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    theta = (settings.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None and "rope_theta" not in settings:  # without it transformers 4 takes 10,000
+        settings["rope_theta"] = theta
+        folders.write_json(path, settings)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -26,7 +26,7 @@ from mtllama.data.batching import Batch, pack
 from mtllama.data.mixture import Mixture
 from mtllama.data.prompt import Encoded, PromptEncoder
 from mtllama.errors import UserError
-from mtllama.model.convert import save_tokenizer
+from mtllama.model.convert import save_checkpoint
 from mtllama.model.load import LoadedModel, find_model, load_model, pick_dtype
 from mtllama.progress import progress, say
 from mtllama.train import state
@@ -257,8 +257,7 @@ def _finish(recipe: Recipe, loaded: LoadedModel, encoder: PromptEncoder, work: P
     )
     model.to(_stored_dtype(loaded.source.folder))
     with folders.new_folder(recipe.out, overwrite=True) as folder:
-        model.save_pretrained(folder)
-        save_tokenizer(tokenizer, folder)
+        save_checkpoint(model, tokenizer, folder)
         shutil.copyfile(work / METRICS, folder / METRICS)
         folders.write_manifest(
             folder,
