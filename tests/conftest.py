@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A pico model gains nothing from a second thread, and threads that wait for each other are slow on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 from pathlib import Path

@@ -123,6 +123,8 @@ def test_no_example_of_a_pack_sees_another(loaded: LoadedModel) -> None:
 def test_the_result_is_a_normal_folder_that_carries_its_format(trained: Path, pico: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
     assert model.dtype == torch.bfloat16
+    settings = json.loads((trained / "config.json").read_text(encoding="utf-8"))
+    assert settings["rope_theta"] == settings["rope_parameters"]["rope_theta"] == 10_000.0
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     encoder = PromptEncoder(tokenizer, FORMATS["mtllama"], 256)
