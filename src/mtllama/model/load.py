@@ -85,7 +85,7 @@ def find_model(model: str | None, base: str | None = None, delta: str | None = N
 def named_folder(name: str) -> Path:
     """The local folder of a model known by name, converted at the first call."""
     folder = home() / "models" / name
-    if not (folder / "config.json").is_file():
+    if (folders.read_manifest(folder) or {}).get("conversion") != convert.CONVERSION:
         gguf_file = convert.find_gguf()
         if gguf_file is None:
             raise UserError(f"the base model {name} is not installed; run: mtllama models fetch {name}")

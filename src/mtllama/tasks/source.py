@@ -133,18 +133,15 @@ def _read_table(path: Path) -> list[Row]:
 
 def read_hub(name: str, location: Location, split: str) -> list[Row]:
     """Rows of one split from the Hugging Face hub (or its local cache)."""
-    if reason := hub.unreachable():
-        raise UserError(
-            f"{name}: no local file, and the hub cannot be asked for {location.hub_id} ({reason}); "
-            f"pass --data-dir with a file {name}/{split}.jsonl"
-        )
+    advice = f"pass --data-dir with a file {name}/{split}.jsonl"
+    reason = hub.unreachable()
+    if reason and not hub.offline():  # offline, the client looks into its cache and is done; else it would retry
+        raise UserError(f"{name}: no local file, and the hub cannot be asked for {location.hub_id} ({reason}); {advice}")
     import datasets
 
     try:
         rows = datasets.load_dataset(location.hub_id, location.config, revision=location.revision, split=split)
     except Exception as error:  # the hub client raises many kinds; each means the same to the user
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{name}: {location.hub_id} could not be fetched from the hub ({reason}); pass --data-dir with a file {name}/{split}.jsonl"
-        ) from error
+        why = f"{reason}, and it is not in the local cache" if reason else " ".join(str(error).split())[:200]
+        raise UserError(f"{name}: no local file, and {location.hub_id} cannot be had from the hub ({why}); {advice}") from error
     return [dict(row) for row in rows]
