@@ -56,6 +56,7 @@ def test_a_folder_is_found_and_called_by_its_manifest_or_its_own_name(pico: Path
 def test_a_name_is_found_in_the_home_folder(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTLLAMA_HOME", str(tmp_path))
     folder = shutil.copytree(pico, tmp_path / "models" / convert.NAME)
+    folders.write_manifest(tmp_path / "models" / convert.NAME, "base", conversion=convert.CONVERSION)
     monkeypatch.setattr(convert, "convert", lambda *args: pytest.fail("converted again"))
     assert find_model(convert.NAME) == ModelFolder(Path(folder), convert.DESCRIPTION)
 
