@@ -75,7 +75,7 @@ def tracked_files() -> list[Path]:
 
 
 def test_no_file_names_a_machine_path_or_a_package_index() -> None:
-    pattern = re.compile(r"(^|[\s\"'=])/(home|root|work|Users)/|index-url|find-links")
+    pattern = re.compile(r"(^|[\s\"'=])/(home|root|work|Users)/|index[-]url|find[-]links")
     files = [
         file for file in tracked_files() if file.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".sh", ""} and file != Path(__file__)
     ]

@@ -136,10 +136,10 @@ def test_every_file_is_on_the_disk_before_the_folder_appears(tmp_path: Path, mon
     [
         (errno.ENOSPC, r"no space left on the disk of .*out \(\d+ MB free\)"),
         (errno.EDQUOT, "no space left on the disk"),
-        (errno.EACCES, r"weights cannot be written \(.*\); choose another --out"),
+        (errno.EACCES, r"weights cannot be written \(.*\); choose another output folder"),
         (errno.EROFS, r"weights cannot be written"),
         (errno.EPERM, r"weights cannot be written"),
-        (errno.ENOTDIR, r"weights: .*; choose another --out"),
+        (errno.ENOTDIR, r"weights: .*; choose another output folder"),
     ],
 )
 def test_what_a_user_can_mend_is_one_clear_line(tmp_path: Path, number: int, message: str) -> None:
@@ -209,3 +209,13 @@ def test_a_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(data)
     ours, theirs = folders.sha256_file(tmp_path / "file"), hashlib.sha256(data).hexdigest()
     assert ours == theirs
+
+
+def test_a_full_disk_is_one_line_whichever_library_met_it(tmp_path: Path) -> None:
+    """safetensors reports the disk's error as text of its own kind."""
+    for error in (OSError(28, "No space left on device"), RuntimeError("Error while serializing: I/O error: No space left (os error 28)")):
+        with pytest.raises(UserError, match="no space left on the disk"), folders.new_folder(tmp_path / "out"):
+            raise error
+    with pytest.raises(RuntimeError, match="os error 999"), folders.new_folder(tmp_path / "out"):
+        raise RuntimeError("something else (os error 999)")
+    assert list(tmp_path.iterdir()) == []

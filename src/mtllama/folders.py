@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from importlib import metadata
@@ -36,19 +37,17 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     path = path.resolve()  # "." has no name, and a link is followed, not replaced
     require_new(path, overwrite=overwrite)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                sync(file)
-        replace_folder(partial, path)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise explain_os_error(error, path) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with explained(path):
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    sync(file)
+            replace_folder(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def replace_folder(source: Path, path: Path) -> None:
@@ -72,16 +71,30 @@ def remove(path: Path) -> None:
     shutil.rmtree(old)
 
 
-def explain_os_error(error: OSError, path: Path) -> UserError | OSError:
-    """Turn the errors that a user can mend (disk full, no permission) into one clear line."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Within the block, errors that a user can mend (disk full, no permission) become one clear line about `path`."""
+    try:
+        yield
+    except Exception as error:
+        if reason := _reason(error, path):
+            raise UserError(reason) from error
+        raise
+
+
+def _reason(error: Exception, path: Path) -> str | None:
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):  # safetensors' own error has no errno
+        number = int(found[1])
+    where = getattr(error, "filename", None)
+    if number in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-        return UserError(f"no space left on the disk of {path} ({free / 1e6:.0f} MB free); free some or choose another --out")
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return UserError(f"{error.filename or path} cannot be written ({error.strerror}); choose another --out")
-    if error.errno in (errno.ENOTDIR, errno.EEXIST) and error.filename:
-        return UserError(f"{error.filename}: {error.strerror}; choose another --out")
-    return error
+        return f"no space left on the disk of {path} ({free / 1e6:.0f} MB free); free some or choose another output folder"
+    if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"{where or path} cannot be written ({os.strerror(number)}); choose another output folder"
+    if number in (errno.ENOTDIR, errno.EEXIST) and where:
+        return f"{where}: {os.strerror(number)}; choose another output folder"
+    return None
 
 
 def sync(file: Path) -> None:

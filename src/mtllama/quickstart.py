@@ -73,11 +73,9 @@ def _claim(out: Path, recipe: Recipe, *, overwrite: bool) -> dict[str, float]:
         if known is None or known.get("stage") != "quickstart":
             raise UserError(f"{out} is not a quickstart's folder, so it is not removed; choose another --out")
         folders.remove(out)
-    try:
+    with folders.explained(out):
         out.mkdir(parents=True, exist_ok=True)
         folders.write_manifest(out, "quickstart", recipe=_plain(recipe))
-    except OSError as error:
-        raise folders.explain_os_error(error, out) from error
     return {}
 
 

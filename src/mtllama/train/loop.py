@@ -63,7 +63,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> Path:
     torch.manual_seed(train.seed)
     loaded = load_model(find_model(recipe.model, recipe.base, recipe.delta), format=recipe.format, train=True)
     encoder = PromptEncoder(loaded.tokenizer, loaded.format, min(train.max_length, loaded.max_length))
-    try:
+    with folders.explained(work):
         _claim(work, recipe, overwrite=overwrite)
         optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True)
         start, kept = state.restore(work / "checkpoints", loaded.model, optimizer)
@@ -73,8 +73,6 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> Path:
         _rewind(work / METRICS, start)
         _steps(recipe, loaded, optimizer, mixture, encoder, work, start, totals)
         return _finish(recipe, loaded, encoder, work, totals)
-    except OSError as error:
-        raise folders.explain_os_error(error, work) from error
 
 
 def _claim(work: Path, recipe: Recipe, *, overwrite: bool) -> None:
