@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import json
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -18,6 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from mtllama.model import convert
 from mtllama.model.load import find_model
 from mtllama.tasks.catalog import sampler_dir
+
+hypothesis.settings.register_profile("mtllama", deadline=None, derandomize=True)  # no test depends on how busy a machine is
+hypothesis.settings.load_profile("mtllama")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -3,7 +3,7 @@
 import csv
 import gzip
 import json
-import time
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -312,7 +312,6 @@ def test_a_csv_serves_as_an_evaluation_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["1", "true", "ON"])
 def test_the_hub_is_refused_at_once_when_offline(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
-    start = time.monotonic()
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("a connection was tried"))
     message = refusal(lambda: load_rows(catalog()["squad"], None))
-    assert time.monotonic() - start < 5
     assert "HF_HUB_OFFLINE" in message and "rajpurkar/squad" in message and "squad/validation.jsonl" in message
