@@ -88,11 +88,12 @@ def quickstart(
 @models.command("list")
 def models_list() -> None:
     """List the models known by name. Example: mtllama models list"""
-    from mtllama.model.load import NAMED, home
+    from mtllama.model.convert import find_gguf
+    from mtllama.model.load import NAMED, is_converted
 
     for name, description in NAMED.items():
-        here = (home() / "models" / name / "config.json").is_file()
-        print(f"{name}\t{description}\t{'ready' if here else f'get it: mtllama models fetch {name}'}")
+        state = "ready" if is_converted(name) else "converted when first used" if find_gguf() else f"get it: mtllama models fetch {name}"
+        print(f"{name}\t{description}\t{state}")
 
 
 @models.command("path")

@@ -82,7 +82,7 @@ def _torch() -> Iterator[Finding]:
             "note",
             "CPU",
             f"{', '.join(names) or platform.processor() or 'no vector extension known'}; no bf16 instructions",
-            "computes in float32, two to four times slower",
+            "computes in float32, which is slower",
         )
 
 
@@ -132,11 +132,10 @@ def _hub() -> Finding:
 
 def _base_model() -> Finding:
     from mtllama.model import convert
-    from mtllama.model.load import home
+    from mtllama.model.load import is_converted, named_path
 
-    folder = home() / "models" / convert.NAME
-    if (folder / "config.json").is_file():
-        return Finding("ok", "base model", f"{convert.DESCRIPTION} at {folder}")
+    if is_converted(convert.NAME):
+        return Finding("ok", "base model", f"{convert.DESCRIPTION} at {named_path(convert.NAME)}")
     if convert.find_gguf():
         return Finding("ok", "base model", f"{convert.NAME} is installed; it is converted when first used")
     return Finding("bad", "base model", f"{convert.NAME} is not installed", f"run: mtllama models fetch {convert.NAME}")

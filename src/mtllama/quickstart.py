@@ -1,7 +1,9 @@
 """The whole job on the embedded data and the small base model, step by step, resumable, with a plan one can see."""
 
 import json
+import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -130,7 +132,14 @@ def _show(out: Path, base: str, seconds: float) -> None:
         ("sample dialogues", "chat.txt"),
     ):
         print(f"{what:<17} {out / path}")
+    command = _command()
     print("\nto go on:")
-    print(f"  mtllama chat --base {base} --delta {out / 'delta'}")
-    print(f"  mtllama eval {out / 'tuned'} --suite sampler --protocol rank,generate --out {out / 'eval-both'}")
-    print("  mtllama mix plan quickstart")
+    print(f"  {command} chat --base {base} --delta {out / 'delta'}")
+    print(f"  {command} eval {out / 'tuned'} --suite sampler --protocol rank,generate --out {out / 'eval-both'}")
+    print(f"  {command} mix plan quickstart")
+
+
+def _command() -> str:
+    """How the reader can type this command: by its path where its environment is not active."""
+    beside = Path(sys.executable).with_name("mtllama")
+    return "mtllama" if shutil.which("mtllama") or not beside.exists() else os.path.relpath(beside)

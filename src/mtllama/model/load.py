@@ -82,10 +82,20 @@ def find_model(model: str | None, base: str | None = None, delta: str | None = N
     raise UserError(f"no model {model!r}: neither a folder nor a known name ({', '.join(NAMED)}) nor a hub id (owner/name)")
 
 
+def named_path(name: str) -> Path:
+    """Where a model known by name is, or will be."""
+    return home() / "models" / name
+
+
+def is_converted(name: str) -> bool:
+    """Whether its folder is there, as this version writes it."""
+    return (folders.read_manifest(named_path(name)) or {}).get("conversion") == convert.CONVERSION
+
+
 def named_folder(name: str) -> Path:
     """The local folder of a model known by name, converted at the first call."""
-    folder = home() / "models" / name
-    if (folders.read_manifest(folder) or {}).get("conversion") != convert.CONVERSION:
+    folder = named_path(name)
+    if not is_converted(name):
         gguf_file = convert.find_gguf()
         if gguf_file is None:
             raise UserError(f"the base model {name} is not installed; run: mtllama models fetch {name}")
