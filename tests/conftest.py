@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mtllama.model import convert
-from mtllama.model.load import find_model
+from mtllama.model.find import find_model
 from mtllama.tasks.catalog import sampler_dir
 
 hypothesis.settings.register_profile("mtllama", deadline=None, derandomize=True)  # no test depends on how busy a machine is
@@ -28,7 +28,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 def corpus() -> list[str]:
     """Text to train tiny tokenizers on: the sampler's own."""
-    rows = (sampler_dir() / "adversarial_qa" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = (sampler_dir() / "adversarial_qa_dbert" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(row)["context"] for row in rows]
 
 

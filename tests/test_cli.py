@@ -23,7 +23,7 @@ def mtllama(*words: str, cwd: Path | None = None, env: dict[str, str] | None = N
 
 def write_recipe(file: Path, model: Path, **train: float) -> None:
     """A recipe on the sampler; JSON is YAML too."""
-    values = {"model": str(model), "out": "tuned", "data": {"dir": "sampler"}, "train": {"batch_size": 8, **train}}
+    values = {"model": str(model), "out": "tuned", "mixture": {"dir": "sampler"}, "train": {"batch_size": 8, **train}}
     file.write_text(json.dumps(values), encoding="utf-8")
 
 
@@ -55,7 +55,25 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *
         (["models", "path", "{tmp}"], "has no config.json"),
         (["mix", "plan", "nowhere.yaml"], "does not exist"),
         (["mix", "plan", "quickstart", "train.lrr=1"], "did you mean train.lr?"),
-        (["mix", "plan", "quickstart", "data.tasks.squad=1"], "held out"),
+        (["mix", "plan", "quickstart", "mixture.tasks.squad=1"], "held out"),
+        (["mix", "plan"], "give a recipe, or a named mixture"),
+        (["mix", "plan", "quickstart", "--mixture", "t0-train"], "give a recipe, or a named mixture"),
+        (["mix", "plan", "--mixture", "t0"], "unknown mixture 't0'"),
+        (["mix", "plan", "--mixture", "t0-train", "--rule", "weights"], "unknown rule 'weights'"),
+        (["mix", "plan", "quickstart", "--by", "row"], "--by is 'row'"),
+        (["mix", "plan", "quickstart", "--num-examples", "0"], "--num-examples is 0"),
+        (["mix", "plan", "quickstart", "mixture.tasks.trec=-1"], "mixture.tasks.trec is -1.0; a positive number is needed"),
+        (["mix", "plan", "quickstart", "mixture.tasks.trec=many"], "mixture.tasks.trec is 'many'; a number is needed"),
+        (["mix", "plan", "quickstart", "mixture.templates=promptsource:{tmp}"], "holds no promptsource templates"),
+        (["mix", "plan", "mt-llama-readme"], "no local file, and UCLNLP/adversarial_qa cannot be had from the hub"),
+        (["mix", "show", "quickstart", "--index", "-1"], "--index is -1"),
+        (["mix", "show", "quickstart", "--step", "126"], "the run has the steps 1 to 125"),
+        (["mix", "show", "{tmp}"], "is not the folder of a training run"),
+        (["mix", "export", "quickstart", "--out", "x", "--format", "csv"], "choose parquet or jsonl"),
+        (["mix", "export", "quickstart", "--out", "{full}"], "is not empty"),
+        (["mix", "check", "quickstart", "--eval-dir", "{tmp}"], "no evaluation set in"),
+        (["tasks", "show", "t0-train"], "is a group of data sets"),
+        (["tasks", "render", "copa", "--promptsource", "{tmp}"], "holds no promptsource templates"),
         (["train", "run", "quickstart", "model={tmp}"], "config.json"),
         (["delta", "apply", "--base", "{tmp}", "--delta", "{tmp}", "--out", "x"], "config.json"),
         (["report", "{tmp}", "--out", "x"], "results.json"),
@@ -146,7 +164,7 @@ def test_every_command_of_the_documents_is_one_that_exists(capsys: pytest.Captur
 
 
 def test_the_commands_of_the_catalogue_and_mixture_print_what_they_promise(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pico: Path
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pico: Path, tmp_path: Path
 ) -> None:
     def out(*words: str) -> str:
         monkeypatch.setattr(sys, "argv", ["mtllama", *words])
@@ -154,15 +172,23 @@ def test_the_commands_of_the_catalogue_and_mixture_print_what_they_promise(
         return capsys.readouterr().out
 
     listed = json.loads(out("tasks", "list", "--role", "unseen task", "--json"))
-    assert {task["name"] for task in listed} == {"copa", "winogrande", "wic", "mnli", "rte"}
+    assert {"copa", "winogrande", "wic", "mnli", "rte", "anli_r1", "cb", "wsc", "hellaswag", "xcopa-et"} <= {
+        task["name"] for task in listed
+    }
     assert "Help me pick the more plausible option" in out("tasks", "show", "copa")
     rendered = json.loads(out("tasks", "render", "copa", "--index", "3", "--json"))
     assert rendered[0]["targets"] in rendered[0]["choices"]
     plan = json.loads(out("mix", "plan", "quickstart", "--json"))
-    assert plan["sets"] == len(plan["rows"]) == 14
+    assert plan["sets"] == len(plan["by_set"]) == 14 and plan["tasks"] == len(plan["rows"]) == 56
+    assert "22 tasks are oversampled" in out("mix", "plan", "--mixture", "t0-train")
+    assert json.loads(out("mix", "plan", "--mixture", "train", "--json"))["sets"] == 39
     assert sum(row["share"] for row in plan["rows"]) == pytest.approx(1, abs=1e-3)
     shown = out("mix", "show", "quickstart", f"model={pico}", "--index", "5")
     assert "Output:" in shown and "<|end|>]" in shown
+    step = out("mix", "show", "quickstart", f"model={pico}", "--step", "2")
+    assert [int(line.split(":")[0]) for line in step.splitlines() if " template " in line] == list(range(8, 16))
+    assert "0 of 640 evaluation items found in 0 of 1,557 training rows" in out("mix", "check", "quickstart", "--eval-dir", "sampler")
+    assert out("mix", "export", "quickstart", "--out", str(tmp_path / "mixed"), "--num-examples", "9").strip() == str(tmp_path / "mixed")
     assert out("models", "path", str(pico)).strip() == str(pico)
 
 

@@ -231,9 +231,9 @@ def test_a_config_survives_the_way_through_json(cake: Cake) -> None:
 
 
 def test_the_configs_of_the_package_survive_the_way_through_json() -> None:
-    values = {"out": "runs/x", "train": {"examples": 32, "lr": "1e-5"}, "data": {"dir": "sampler", "tasks": ["trec", "samsum"]}}
+    values = {"out": "runs/x", "train": {"examples": 32, "lr": "1e-5"}, "mixture": {"dir": "sampler", "tasks": ["trec", "samsum"]}}
     recipe = build(Recipe, values, "recipe")
-    assert recipe.train.lr == 1e-5 and recipe.data.tasks == ("trec", "samsum")
+    assert recipe.train.lr == 1e-5 and recipe.mixture.tasks == ("trec", "samsum")
     assert build(Recipe, json.loads(json.dumps(to_dict(recipe))), "manifest") == recipe
     for task in catalog().values():
         assert build(Task, json.loads(json.dumps(to_dict(task))), task.name) == task

@@ -28,7 +28,7 @@ def test_training_that_is_killed_at_twenty_random_moments_ends_with_the_same_bit
     """Moments fall into loading, steps and the writing of checkpoints; a half-written result never appears."""
     values = {
         "model": str(pico),
-        "data": {"dir": "sampler"},
+        "mixture": {"dir": "sampler"},
         "train": {"examples": 1600, "batch_size": 8, "lr": 1e-3, "dtype": "float32", "save_every": 3},
     }
     for name in ("whole", "killed"):

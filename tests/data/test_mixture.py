@@ -1,6 +1,7 @@
 """The mixture is a function of its settings and an index, fair to rows, to templates and to rates."""
 
 import json
+import pickle
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtllama.config import build
-from mtllama.data import mixture as mixture_module
 from mtllama.data.mixture import Mixture, MixtureConfig
+from mtllama.data.plan import plan
 from mtllama.errors import UserError
 from mtllama.tasks.catalog import Rows, catalog
 from mtllama.tasks.template import Example, Template
@@ -33,6 +34,10 @@ def folder(tmp_path: Path) -> Path:
     write(tmp_path, "rotten_tomatoes", [{"text": f"film <{i}> is fine", "label": i % 2} for i in range(SIZES["rotten_tomatoes"])])
     write(tmp_path, "common_gen", [{"concepts": [f"<{i}>", "dog"], "target": "A dog."} for i in range(SIZES["common_gen"])])
     return tmp_path
+
+
+EVEN: dict[str, Any] = {"tasks": {name: float(size) for name, size in SIZES.items()}, "rule": "weights"}
+"""Every set by its rows, so that all are covered several times in few draws."""
 
 
 def mixed(folder: Path | None, **settings: Any) -> Mixture:
@@ -84,7 +89,7 @@ def test_an_element_depends_on_its_index_and_not_on_what_was_drawn_before(sample
 
 
 def test_every_row_of_a_set_is_drawn_once_before_any_is_drawn_again(folder: Path) -> None:
-    drawn = draws(mixed(folder), 1500)
+    drawn = draws(mixed(folder, **EVEN), 1500)
     num_passes: Counter[str] = Counter()
     orders = defaultdict(set)
     for name, size in SIZES.items():
@@ -97,7 +102,7 @@ def test_every_row_of_a_set_is_drawn_once_before_any_is_drawn_again(folder: Path
 
 
 def test_the_templates_of_a_set_take_equal_turns_over_its_passes(folder: Path) -> None:
-    drawn = draws(mixed(folder), 3000)
+    drawn = draws(mixed(folder, **EVEN), 3000)
     rounds = 0
     for name, size in SIZES.items():
         templates = [template.name for template in catalog()[name].prompts]
@@ -110,63 +115,52 @@ def test_the_templates_of_a_set_take_equal_turns_over_its_passes(folder: Path) -
     assert rounds >= 6
 
 
-def check_shares(mixture: Mixture, num: int) -> None:
-    """Of `num` draws each set has its share: Grain rounds the smallest rate's to one in a hundred of itself."""
-    counted: Counter[str] = Counter(example.task for index in range(num) if (example := mixture[index]))
+def check_shares(mixture: Mixture, start: int, num: int) -> None:
+    """Of any `num` draws in a row each set has its share, up to the depth of the tree of rates."""
+    counted = Counter(mixture.draw(index).task for index in range(start, start + num))
     assert counted.total() == num
-    for part in mixture.rates:
-        expected = part.share * num
-        assert abs(counted[part.rows.task.name] - expected) <= 0.011 * expected + len(mixture.rates), (part.rows.task.name, counted)
+    for part in mixture.parts:
+        assert abs(counted[part.task] - num * part.rate / mixture.total_rate) <= 2 * len(mixture.streams), (part.task, counted)
 
 
-def test_by_t0s_rule_the_rate_of_a_set_is_its_rows_times_its_templates(folder: Path) -> None:
-    mixture = mixed(folder)
-    expected = {name: float(size * len(catalog()[name].prompts)) for name, size in SIZES.items()}
-    assert {part.rows.task.name: part.rate for part in mixture.rates} == expected
-    assert {part.rows.task.name: part.share for part in mixture.rates} == pytest.approx(
-        {name: rate / sum(expected.values()) for name, rate in expected.items()}
-    )
+@pytest.mark.parametrize("rule", ["t0-code", "t0-readme", "min-size"])
+def test_the_rate_of_a_set_is_the_rules_number_for_its_published_size(folder: Path, rule: Any) -> None:
+    mixture = mixed(folder, rule=rule)
+    sizes = {"trec": 5452, "rotten_tomatoes": 8530, "common_gen": 67389}
+    expected = {name: size * (len(catalog()[name].prompts) if rule == "t0-code" else 1) for name, size in sizes.items()}
+    assert {part.task: part.rate for part in mixture.parts} == expected
+    assert mixture.total_rate == sum(expected.values())
     assert mixture.num_rows == sum(SIZES.values())
-    check_shares(mixture, 2000)
+    check_shares(mixture, 0, 2000)
 
 
-def test_by_t0s_rule_a_large_set_counts_the_cap_divided_among_its_templates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert mixture_module.T0_CAP == 500_000
-    assert 500_000 // 9 == 55_555, "amazon_polarity, of nine templates in T0"
-    monkeypatch.setattr(mixture_module, "T0_CAP", 90)
-    num = {name: len(catalog()[name].prompts) for name in SIZES}
-    mixture = mixed(folder)
-    assert {part.rows.task.name: part.rate for part in mixture.rates} == {
-        "trec": 90.0 * num["trec"],  # as large as the cap, not larger
-        "rotten_tomatoes": float(90 // num["rotten_tomatoes"] * num["rotten_tomatoes"]),
-        "common_gen": 60.0 * num["common_gen"],
-    }
-    assert 90 % num["rotten_tomatoes"], "the division leaves a rest"
-    check_shares(mixture, 1500)
+@pytest.mark.parametrize(("rule", "rates"), [("t0-code", 55_555 * 9), ("t0-readme", 55_555), ("min-size", 500_000)])
+def test_a_set_of_over_half_a_million_rows_is_capped_as_the_rule_reads(rule: Any, rates: int) -> None:
+    config = MixtureConfig(dir=Path("sampler"), rule=rule)
+    assert config.set_rate(catalog()["amazon_polarity"], 3_600_000, 9) == rates
+    assert config.set_rate(catalog()["amazon_polarity"], 500_000, 9) == 500_000 * (9 if rule == "t0-code" else 1)
 
 
 def test_by_the_rule_of_weights_the_given_weights_are_the_shares(folder: Path) -> None:
     mixture = mixed(folder, tasks={"trec": 1.0, "common_gen": 6.5, "rotten_tomatoes": 0.3}, rule="weights")
-    assert [(part.rows.task.name, part.rate) for part in mixture.rates] == [("trec", 1.0), ("common_gen", 6.5), ("rotten_tomatoes", 0.3)]
-    assert sum(part.share for part in mixture.rates) == pytest.approx(1.0)
-    check_shares(mixture, 1500)
+    assert [(part.task, float(part.rate)) for part in mixture.parts] == [("trec", 1.0), ("common_gen", 6.5), ("rotten_tomatoes", 0.3)]
+    counted = Counter(mixture.draw(index).task for index in range(mixture.interleave.period))
+    assert counted == {task: counted["trec"] * weight for task, weight in (("trec", 1), ("common_gen", 6.5), ("rotten_tomatoes", 0.3))}
 
 
 def test_the_shares_hold_in_every_stretch_of_the_stream(folder: Path) -> None:
     mixture = mixed(folder)
     for start in (0, 1_000_000, 19_999_000):
-        counted = Counter(example.task for index in range(start, start + 500) if (example := mixture[index]))
-        for part in mixture.rates:
-            assert abs(counted[part.rows.task.name] - 500 * part.share) <= 0.011 * 500 * part.share + len(mixture.rates)
+        check_shares(mixture, start, 500)
 
 
 def test_another_seed_gives_another_order_of_the_same_rows(folder: Path) -> None:
-    one, two = draws(mixed(folder, seed=0), 420), draws(mixed(folder, seed=1), 420)
+    one, two = draws(mixed(folder, seed=0, **EVEN), 420), draws(mixed(folder, seed=1, **EVEN), 420)
     for name, size in SIZES.items():
         first = [[row for row, _ in drawn[name]][:size] for drawn in (one, two)]
         assert first[0] != first[1]
         assert sorted(first[0]) == sorted(first[1]) == list(range(size))
-    assert draws(mixed(folder, seed=1), 420) == two
+    assert draws(mixed(folder, seed=1, **EVEN), 420) == two
 
 
 def test_the_seed_reaches_the_random_choices_of_templates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,14 +180,14 @@ def test_without_names_every_training_set_that_is_there_is_mixed_and_no_other(fo
     write(folder, "sst2", [{"sentence": "held out", "label": 1}])
     write(folder, "stranger", [{"text": "unknown"}])
     (folder / "samsum").mkdir()
-    assert {part.rows.task.name for part in mixed(folder).rates} == set(SIZES)
+    assert {part.task for part in mixed(folder).parts} == set(SIZES)
 
 
 def test_names_choose_the_sets_and_their_order(folder: Path) -> None:
     mixture = mixed(folder, tasks=("trec", "common_gen"))
-    assert [part.rows.task.name for part in mixture.rates] == ["trec", "common_gen"]
+    assert [part.task for part in mixture.parts] == ["trec", "common_gen"]
     assert set(draws(mixture, 100)) == {"trec", "common_gen"}
-    assert mixture.family("trec") == "Topic"
+    assert mixture.draw(0).family in ("Topic", "Structure-to-text")
 
 
 def test_a_set_that_is_broken_is_an_error_and_not_left_out(folder: Path) -> None:
@@ -205,7 +199,7 @@ def test_a_set_that_is_broken_is_an_error_and_not_left_out(folder: Path) -> None
 
 def test_a_held_out_set_is_refused(folder: Path) -> None:
     write(folder, "sst2", [{"sentence": "held out", "label": 1}])
-    with pytest.raises(UserError, match=r"sst2 is held out for evaluation \(unseen data set\); take it out of data.tasks"):
+    with pytest.raises(UserError, match=r"sst2 is held out for evaluation \(unseen data set\); take it out of mixture.tasks, or set"):
         mixed(folder, tasks=("trec", "sst2"))
     with pytest.raises(UserError, match="copa is held out"):
         mixed(folder, tasks={"copa": 1.0}, rule="weights")
@@ -228,28 +222,18 @@ def test_a_folder_without_a_training_set_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
 def test_a_weight_that_is_not_a_positive_number_is_refused(weight: float) -> None:
     message = refusal(tasks={"trec": 1.0, "samsum": weight}, rule="weights")
-    assert message.startswith("recipe.yaml: data.tasks.samsum is ") and message.endswith("; a positive number is needed")
+    assert message.startswith("recipe.yaml: mixture.tasks.samsum is ") and message.endswith("; a positive number is needed")
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
-    assert "data.rule=weights needs data.tasks as a mapping" in refusal(rule="weights")
-    assert "data.rule=weights needs data.tasks as a mapping" in refusal(rule="weights", tasks=["trec"])
-    assert "data.tasks gives weights, which data.rule=t0-code does not use" in refusal(tasks={"trec": 2})
-    assert "data.tasks is empty" in refusal(tasks=[])
-    assert "data.tasks is empty" in refusal(tasks={}, rule="weights")
-    assert "data.seed is -1; 0 or more is needed" in refusal(seed=-1)
-    assert "rule is 'fair'; choose one of t0-code, weights" in refusal(rule="fair")
+    assert "mixture.rule=weights needs mixture.tasks as a mapping" in refusal(rule="weights")
+    assert "mixture.rule=weights needs mixture.tasks as a mapping" in refusal(rule="weights", tasks=["trec"])
+    assert "mixture.tasks gives weights, which mixture.rule=t0-code does not use" in refusal(tasks={"trec": 2})
+    assert "mixture.tasks is empty" in refusal(tasks=[])
+    assert "mixture.tasks is empty" in refusal(tasks={}, rule="weights")
+    assert "mixture.seed is -1; 0 or more is needed" in refusal(seed=-1)
+    assert "rule is 'fair'; choose one of t0-code, t0-readme, min-size, weights" in refusal(rule="fair")
     assert build(MixtureConfig, {"tasks": {"trec": 2}, "rule": "weights"}, "x").tasks == {"trec": 2.0}
-
-
-def test_a_row_that_a_template_declines_goes_to_the_next_one_that_takes_it(tmp_path: Path) -> None:
-    names = [template.name for template in catalog()["wiki_qa"].prompts]
-    write(tmp_path, "wiki_qa", [{"question": f"<{i}>?", "answer": "It is.", "label": i % 2} for i in range(6)])
-    taken = defaultdict(set)
-    for row, template in draws(mixed(tmp_path), 6 * len(names))["wiki_qa"]:
-        taken[row % 2].add(template)
-    assert taken[1] == set(names)
-    assert taken[0] == {name for name in names if name.startswith("judge")} and len(taken[0]) < len(names)
 
 
 def test_a_row_that_every_template_declines_is_none_and_keeps_its_place(tmp_path: Path) -> None:
@@ -260,3 +244,129 @@ def test_a_row_that_every_template_declines_is_none_and_keeps_its_place(tmp_path
     assert [sum(element is None for element in elements[start : start + 5]) for start in (0, 5)] == [1, 1]
     others = [int(element.inputs.split("<")[1][0]) for element in elements[:5] if element]
     assert sorted(others) == [0, 1, 3, 4]
+
+
+def judged(folder: Path) -> Path:
+    """A set whose every third row is a positive: promptsource's `films` asks about those alone in one of its templates."""
+    write(folder / "data", "rotten_tomatoes", [{"text": f"film <{i}>", "label": int(i % 3 == 0)} for i in range(30)])
+    source = folder / "ps" / "rotten_tomatoes" / "templates.yaml"
+    source.parent.mkdir(parents=True)
+    entry = "  {0}: !Template\n    name: {0}\n    jinja: '{1}'\n    answer_choices: null\n"
+    jinja = {
+        "any": "Good? {{ text }} ||| {{ label }}",
+        "some": "{% if label == 1 %}Why? {{ text }} ||| Because.{% endif %}",
+        "other": "Bad? {{ text }} ||| {{ label }}",
+        "absent": "{{ title }} ||| {{ label }}",
+    }
+    source.write_text("templates:\n" + "".join(entry.format(name, text) for name, text in jinja.items()), encoding="utf-8")
+    return folder
+
+
+def test_a_prompt_for_some_rows_keeps_its_rate_over_those_rows(tmp_path: Path) -> None:
+    folder = judged(tmp_path)
+    mixture = mixed(folder / "data", templates=f"promptsource:{folder / 'ps'}")
+    drawn = draws(mixture, 900)["rotten_tomatoes"]
+    assert Counter(template for _, template in drawn) == {"any": 300, "other": 300, "some": 300}
+    asked = [row for row, template in drawn if template == "some"]
+    for start in range(0, 300, 10):
+        assert sorted(asked[start : start + 10]) == list(range(0, 30, 3)), "each of its rows once in a pass"
+    rest = [row for row, template in drawn if template != "some"]
+    for start in range(0, 600, 30):
+        assert sorted(rest[start : start + 30]) == list(range(30))
+    assert mixture.total_rate == 3 * 8530, "a template that does not fit the columns takes its rate with it"
+    assert "needs the column 'title'" in mixture.missing["rotten_tomatoes/absent"]
+
+
+def test_a_prompt_that_asks_none_of_the_rows_has_its_draws_skipped(tmp_path: Path) -> None:
+    folder = judged(tmp_path)
+    write(folder / "data", "rotten_tomatoes", [{"text": f"film <{i}>", "label": 0} for i in range(6)])
+    mixture = mixed(folder / "data", templates=f"promptsource:{folder / 'ps'}")
+    drawn = [mixture.draw(index) for index in range(30)]
+    assert Counter(draw.template for draw in drawn if draw.example is None) == {"some": 10}
+    (warning,) = [each for each in plan(mixture, 30)["warnings"] if "asks none" in each]
+    assert warning == "rotten_tomatoes_some asks none of its rows: its draws are skipped"
+
+
+def test_a_folder_without_templates_for_any_set_is_refused(tmp_path: Path) -> None:
+    folder = judged(tmp_path)
+    write(folder / "more", "trec", [{"text": "Who?", "coarse_label": 3, "fine_label": 29}])
+    with pytest.raises(UserError, match=r"no template fits any of the data sets; trec: .* has no templates for it"):
+        mixed(folder / "more", templates=f"promptsource:{folder / 'ps'}")
+    with pytest.raises(UserError, match="holds no promptsource templates"):
+        mixed(folder / "data", templates=f"promptsource:{folder / 'data'}")
+    assert "mixture.templates is 'theirs'; choose own, p3, or promptsource:PATH" in refusal(templates="theirs")
+
+
+def p3_folder(folder: Path) -> Path:
+    for config, num in (("trec_trec1", 6), ("trec_which_category_best_describes", 9), ("super_glue_rte_GPT_3_style", 4), ("my_own", 5)):
+        write(folder, config, [{"inputs": f"<{i}> {config}", "targets": f"t{i}"} for i in range(num)])
+    return folder
+
+
+def test_rendered_rows_are_mixed_under_the_rates_of_their_tasks(tmp_path: Path) -> None:
+    mixture = mixed(p3_folder(tmp_path), templates="p3")
+    assert {(part.task, part.family, part.rate) for part in mixture.parts} == {("trec", "Topic", 2 * 5452), ("my_own", "Other", 5)}
+    drawn = [mixture.draw(index) for index in range(2 * 5452 + 5)]
+    assert Counter((draw.task, draw.template) for draw in drawn) == {
+        ("trec", "trec1"): 5452,
+        ("trec", "which_category_best_describes"): 5452,
+        ("my_own", "my_own"): 5,
+    }
+    first = [draw.example for draw in drawn if draw.template == "trec1"][:6]
+    assert sorted(example.targets for example in first if example) == [f"t{i}" for i in range(6)], "each once in a pass"
+    assert all(example and example.task == "trec" for example in first)
+
+
+def test_p3_rows_of_a_set_that_was_named_must_be_there(tmp_path: Path) -> None:
+    p3_folder(tmp_path)
+    with pytest.raises(UserError, match="samsum: no P3 rows"):
+        mixed(tmp_path, templates="p3", tasks=("trec", "samsum"))
+    assert set(mixed(tmp_path, templates="p3", tasks=("t0-train",)).missing) == {
+        task.name for task in catalog().values() if task.p3_templates and task.name != "trec"
+    }
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no P3 rows of the split train"):
+        mixed(tmp_path / "empty", templates="p3")
+
+
+def test_a_held_out_set_is_trained_on_only_when_told_so(folder: Path) -> None:
+    write(folder, "sst2", [{"sentence": "<0> held out", "label": 1}])
+    assert {part.task for part in mixed(folder, tasks=("trec", "sst2"), allow_held_out=True).parts} == {"trec", "sst2"}
+
+
+LEAK = "The old lighthouse keeper counted the ships each night until the harbour froze over completely."
+
+
+def test_rows_that_share_text_with_an_evaluation_set_are_dropped_and_counted(folder: Path) -> None:
+    write(folder, "rotten_tomatoes", [{"text": LEAK.upper() if i == 7 else f"film <{i}> is number {i}", "label": 0} for i in range(20)])
+    (folder / "sst2").mkdir()
+    (folder / "sst2" / "validation.jsonl").write_text(json.dumps({"sentence": LEAK, "label": 1}) + "\n", encoding="utf-8")
+    whole, clean = mixed(folder), mixed(folder, decontaminate=True)
+    assert {part.task: (part.num_rows, part.dropped) for part in clean.parts} == {
+        "trec": (90, 0),
+        "rotten_tomatoes": (19, 1),
+        "common_gen": (60, 0),
+    }
+    drawn = {draw.row for draw in (clean.draw(i) for i in range(2000)) if draw.task == "rotten_tomatoes"}
+    assert drawn == set(range(20)) - {7}
+    assert 7 in {draw.row for draw in (whole.draw(i) for i in range(2000)) if draw.task == "rotten_tomatoes"}
+    assert any("rotten_tomatoes: 1 rows share text with an evaluation set" in each for each in plan(clean, 10)["warnings"])
+
+
+def test_without_evaluation_sets_there_is_nothing_to_keep_apart_from(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(UserError, match=r"no evaluation set in .*; set mixture.eval_dir"):
+        mixed(folder, decontaminate=True)
+    held = tmp_path_factory.mktemp("held")
+    (held / "sst2").mkdir()
+    (held / "sst2" / "validation.jsonl").write_text(json.dumps({"sentence": LEAK, "label": 1}) + "\n", encoding="utf-8")
+    assert all(part.dropped == 0 for part in mixed(folder, decontaminate=True, eval_dir=held).parts)
+
+
+def test_the_order_is_the_same_however_the_draws_are_shared_out(folder: Path) -> None:
+    """Ranks and workers take every n-th index; a mixture that went through a pickle is the same one."""
+    mixture = mixed(folder)
+    whole = [mixture.draw(index) for index in range(240)]
+    other = pickle.loads(pickle.dumps(mixture))
+    for ranks in (2, 3, 8):
+        shared = [[other.draw(index) for index in range(rank, 240, ranks)] for rank in range(ranks)]
+        assert [shared[index % ranks][index // ranks] for index in range(240)] == whole

@@ -265,6 +265,19 @@ def test_no_example_is_longer_than_the_limit(name: str, tokenizer: Any, examples
     assert cut > 50 and dropped > 5
 
 
+@pytest.mark.parametrize("name", [*OURS, "native"])
+def test_examples_that_are_encoded_together_are_as_encoded_alone(name: str, tokenizer: Any, examples: list[Example]) -> None:
+    tokenizer.chat_template = tokenizer.chat_template or "{{ messages[0]['content'] }}\n"
+    hostile = [(f"{tokenizer.eos_token} ends? {tokenizer.bos_token}", f"{tokenizer.eos_token} no"), ("", "x"), ("\n a", "\n"), ("雨 ", " ")]
+    pairs = [*hostile, *((example.inputs, example.targets) for example in examples)]
+    for limit in (4096, 64, 14):
+        encoder = PromptEncoder(tokenizer, find_format(name), limit)
+        together = encoder.encode_batch(pairs)
+        assert together == [encoder.encode(inputs, answer) for inputs, answer in pairs]
+        assert len({each is None for each in together}) == (2 if limit == 14 else 1), "some are too long only for the shortest limit"
+    assert PromptEncoder(tokenizer, find_format(name), 64).encode_batch([]) == []
+
+
 def test_an_answer_that_is_too_long_by_itself_gives_no_example(tokenizer: Any) -> None:
     answer = "a long answer of many words"
     num = len(PromptEncoder(tokenizer, find_format("mtllama"), 4096).answer_ids(answer))

@@ -9,7 +9,8 @@ from mtllama.errors import UserError
 from mtllama.evaluate import metrics, protocols, runner
 from mtllama.evaluate.runner import EvalConfig
 from mtllama.model.engine import Engine
-from mtllama.model.load import find_model, load_model
+from mtllama.model.find import find_model
+from mtllama.model.load import load_model
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from mtllama import folders
 from mtllama.errors import UserError
 from mtllama.model import convert
-from mtllama.model.load import find_model
+from mtllama.model.find import find_model
 from mtllama.tasks.catalog import sampler_dir
 from mtllama.weights.shards import SINGLE
 

@@ -16,7 +16,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from mtllama.data.prompt import find_format
 from mtllama.model import engine as engine_module
 from mtllama.model.engine import Branches, Engine
-from mtllama.model.load import LoadedModel, ModelFolder, find_model, load_model
+from mtllama.model.find import ModelFolder, find_model
+from mtllama.model.load import LoadedModel, load_model
 
 Scores = list[list[list[float]]]
 

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from mtllama import folders
 from mtllama.errors import UserError
-from mtllama.model import convert, load
-from mtllama.model.load import ModelFolder, find_model, load_model, pick_dtype
+from mtllama.model import convert, find, load
+from mtllama.model.find import ModelFolder, find_model
+from mtllama.model.load import load_model, pick_dtype
 from mtllama.weights import delta
 from mtllama.weights.shards import SINGLE
 
@@ -74,7 +75,7 @@ def test_a_name_is_converted_once_and_again_by_a_version_that_writes_another_fol
 
     monkeypatch.setattr(convert, "find_gguf", lambda: tmp_path / "model.gguf")
     monkeypatch.setattr(convert, "convert", fake)
-    assert find_model(convert.NAME).folder == find_model(convert.NAME).folder == load.fetch(convert.NAME)
+    assert find_model(convert.NAME).folder == find_model(convert.NAME).folder == find.fetch(convert.NAME)
     assert calls == [tmp_path / "model.gguf"]
     monkeypatch.setattr(convert, "CONVERSION", convert.CONVERSION + 1)  # a newer version writes another folder
     find_model(convert.NAME)
@@ -92,9 +93,9 @@ def test_a_name_that_is_not_installed_says_what_to_type(tmp_path: Path, monkeypa
 def test_home_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MTLLAMA_HOME", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert load.home() == tmp_path / "cache" / "mtllama"
+    assert find.home() == tmp_path / "cache" / "mtllama"
     monkeypatch.setenv("MTLLAMA_HOME", "~/models")
-    assert load.home() == Path.home() / "models"
+    assert find.home() == Path.home() / "models"
 
 
 @pytest.mark.parametrize("hub_id", ["nobody/no-such-model", "DAMO-NLP-SG/mt-llama-7b-delta"])
@@ -158,7 +159,7 @@ def parameters(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_base_and_delta_in_memory_equal_the_restored_folder(
-    pico: Path, tuned: Path, difference: Path, tmp_path: Path, dtype: load.Dtype
+    pico: Path, tuned: Path, difference: Path, tmp_path: Path, dtype: find.Dtype
 ) -> None:
     delta.apply(pico, difference, tmp_path / "restored")
     before = sorted(path for path in pico.parent.rglob("*"))

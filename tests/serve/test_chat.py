@@ -8,7 +8,8 @@ import pytest
 
 from mtllama.data.prompt import Turn
 from mtllama.model.engine import Engine
-from mtllama.model.load import find_model, load_model
+from mtllama.model.find import find_model
+from mtllama.model.load import load_model
 from mtllama.serve.chat import EXAMPLES, Chat, run
 
 

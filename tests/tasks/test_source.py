@@ -72,26 +72,6 @@ def refusal(act: Callable[[], Any]) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("suffix", source.SUFFIXES)
-def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
-    path = put(tmp_path / f"validation{suffix}")
-    ours = source.read_rows(path)
-    assert ours == ROWS
-    assert [type(value) for value in ours[0].values()] == [str, int, float]
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
-def test_nested_columns_come_out_as_they_went_in(tmp_path: Path, suffix: str) -> None:
-    rows = [{"answers": {"text": ["a", "b"], "start": [0, 4]}, "none": None}, {"answers": {"text": [], "start": []}, "none": "x"}]
-    assert source.read_rows(put(tmp_path / f"test{suffix}", rows)) == rows
-
-
-def test_empty_lines_and_line_separators_inside_strings_do_not_make_rows(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_text('{"a": "x\u2028y\u0085z"}\n\n   \n{"a": "w"}', encoding="utf-8")
-    assert source.read_rows(path) == [{"a": "x\u2028y\u0085z"}, {"a": "w"}]
-
-
 @pytest.mark.parametrize(
     ("name", "file", "split", "note"),
     [
@@ -220,26 +200,6 @@ def test_a_data_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     assert refusal(lambda: find("copa", tmp_path / "nowhere")) == f"data folder {tmp_path / 'nowhere'} does not exist; check --data-dir"
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ('{"a": 1', "not valid JSON"),
-        ("{'a': 1}", "not valid JSON"),
-        ("[1, 2]", "not list"),
-        ('"text"', "not str"),
-        ("null", "not NoneType"),
-    ],
-)
-def test_a_broken_line_is_named_by_file_and_number(tmp_path: Path, suffix: str, line: str, reason: str) -> None:
-    path = tmp_path / f"train{suffix}"
-    text = f'{{"a": 0}}\n\n{line}\n{{"a": 2}}\n'.encode()
-    path.write_bytes(gzip.compress(text) if suffix == ".jsonl.gz" else text)
-    message = refusal(lambda: source.read_rows(path))
-    assert message.startswith(f"{path}, line 3: ")
-    assert reason in message
-
-
 def damaged(path: Path) -> list[tuple[str, bytes]]:
     """The bytes of a file, hurt in three ways."""
     whole = path.read_bytes()
@@ -249,37 +209,6 @@ def damaged(path: Path) -> list[tuple[str, bytes]]:
         ("overwritten", whole[:middle] + b"\xff" * 40 + whole[middle + 40 :]),
         ("of another kind", b"no such thing" * 9),
     ]
-
-
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
-def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, suffix: str) -> None:
-    path = put(tmp_path / f"train{suffix}", [{"text": f"row {i} of {i * i}", "n": i * 7919 % 1000} for i in range(500)])
-    assert len(source.read_rows(path)) == 500
-    for how, content in damaged(path):
-        path.write_bytes(content)
-        message = refusal(lambda: source.read_rows(path))
-        assert message.startswith(str(path)), how
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("train.jsonl", b'{"a": "\xff\xfe"}\n'),
-        ("train.csv", b'text,label\n"open quote,1\n'),
-        ("train.csv", b"a,b\n1,2,3\n"),
-        ("train.csv", b""),
-    ],
-)
-def test_text_that_is_not_what_its_name_says_is_an_error_that_names_it(tmp_path: Path, file: str, content: bytes) -> None:
-    path = tmp_path / file
-    path.write_bytes(content)
-    assert refusal(lambda: source.read_rows(path)).startswith(str(path))
-
-
-def test_a_file_that_is_not_there_is_an_error_that_names_it(tmp_path: Path) -> None:
-    for suffix in source.SUFFIXES:
-        path = tmp_path / f"train{suffix}"
-        assert refusal(lambda path=path: source.read_rows(path)).startswith(str(path))  # type: ignore[misc]
 
 
 def test_a_missing_column_is_named_with_those_that_are_needed(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from mtllama.data.batching import pack
 from mtllama.data.mixture import Mixture, MixtureConfig
 from mtllama.data.prompt import FORMATS, PromptEncoder
 from mtllama.errors import UserError
-from mtllama.model.load import LoadedModel, find_model, load_model
+from mtllama.model.find import find_model
+from mtllama.model.load import LoadedModel, load_model
 from mtllama.train import loop, state
 from mtllama.train.recipe import Recipe, TrainConfig, load_recipe
 from mtllama.weights.shards import CheckpointReader
@@ -27,7 +28,7 @@ TRAIN = TrainConfig(examples=160, batch_size=8, lr=1e-2, max_length=256, tokens_
 
 
 def recipe(pico: Path, out: Path, **train: object) -> Recipe:
-    return Recipe(out=out, train=TrainConfig(**{**vars(TRAIN), **train}), model=str(pico), data=MixtureConfig(dir=Path("sampler")))  # type: ignore[arg-type]
+    return Recipe(out=out, train=TrainConfig(**{**vars(TRAIN), **train}), model=str(pico), mixture=MixtureConfig(dir=Path("sampler")))  # type: ignore[arg-type]
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -151,7 +152,7 @@ def test_a_text_end_marker_becomes_a_stop_string(pico: Path, tmp_path: Path) -> 
         train=TrainConfig(examples=2, batch_size=2),
         model=str(pico),
         format="mt-llama-train",
-        data=MixtureConfig(dir=Path("sampler")),
+        mixture=MixtureConfig(dir=Path("sampler")),
     )
     model = AutoModelForCausalLM.from_pretrained(loop.run(run))
     assert model.generation_config.stop_strings == ["\n"]
@@ -162,7 +163,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(pico: Path, tmp_path: Pat
     file = tmp_path / "recipe.yaml"
     values = configs.to_dict(recipe(pico, tmp_path / "model", save_every=1))
     file.write_text(
-        json.dumps({key: value for key, value in values.items() if value is not None} | {"data": {"dir": "sampler"}}), encoding="utf-8"
+        json.dumps({key: value for key, value in values.items() if value is not None} | {"mixture": {"dir": "sampler"}}), encoding="utf-8"
     )
     work, kills = tmp_path / "model.partial", 0
     command = [sys.executable, "-m", "mtllama", "train", "run", str(file)]

@@ -1,135 +1,409 @@
-"""The mixture: a pure function of (settings, seed, index) -> Example, on Grain.
+"""The mixture: a pure function of (settings, seed, index) -> Draw, on Grain.
 
-Every data set is shuffled and covered once before it repeats; a row's templates take turns, so all templates of a
-data set have the same share. Data sets are mixed by their rates.
+Data sets are interleaved by exact whole-number rates: in every `sum of rates` draws each stream is drawn exactly as
+often as its rate says. A set's rows are shuffled anew in every pass and covered once before any repeats, and its
+prompts take turns over them. A prompt that asks only some rows (a `{% if %}` around its target) has a stream of its
+own over those rows, so that it keeps its rate.
 """
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import grain
+import numpy as np
 
+from mtllama.data import contamination
+from mtllama.data.order import Interleave, Order
 from mtllama.errors import UserError
-from mtllama.tasks.catalog import Rows, catalog, data_folder, find_tasks, load_rows
-from mtllama.tasks.template import Example
+from mtllama.progress import progress
+from mtllama.tasks import p3
+from mtllama.tasks.catalog import GROUPS, Rows, Task, catalog, data_folder, find_tasks, load_rows
+from mtllama.tasks.promptsource import TRUNCATE, read_templates, templates_folder
+from mtllama.tasks.template import Example, Template
 
 T0_CAP = 500_000
+"""T0's bound on the size of a data set (Sanh et al. 2022, section 5)."""
+PROMPTSOURCE = "promptsource:"
+Places: TypeAlias = Sequence[int] | np.ndarray
+"""Numbers of rows."""
+Rule = Literal["t0-code", "t0-readme", "min-size", "weights"]
 
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """Which data sets, at which rates."""
+    """Which data sets, asked how, at which rates."""
 
     dir: Path | None = None
     """`sampler` for the embedded data, a folder, or none for the hub."""
     tasks: dict[str, float] | tuple[str, ...] | None = None
-    """Names of training sets, or a weight for each; none means every training set that is there."""
-    rule: Literal["t0-code", "weights"] = "t0-code"
-    """`t0-code`: rate = rows x templates, where a set of over 500,000 rows counts 500,000 // templates for each of
-    its templates; `weights`: the given weights are the shares."""
+    """Names of training sets or groups of them (`t0-train`), or a weight for each; none: every training set that is there."""
+    templates: str = "own"
+    """`own`: the catalogue's prompts; `promptsource:PATH`: those of a promptsource checkout or folder of templates; `p3`: the
+    rows are rendered already (bigscience/P3 or a copy of it)."""
+    truncate: int | None = TRUNCATE
+    """Characters at which promptsource's templates cut a variable; none: never."""
+    rule: Rule = "t0-code"
+    """`t0-code`: each of a set's prompts counts the set's size, or 500,000 // prompts where that is over 500,000; `t0-readme`: the
+    same number counts once for the whole set; `min-size`: the set counts min(size, 500,000); `weights`: the given weights."""
     split: str = "train"
     seed: int = 0
+    allow_held_out: bool = False
+    """Train on evaluation sets all the same."""
+    decontaminate: bool = False
+    """Drop training rows that share text with the evaluation sets (as `mix check` finds them)."""
+    eval_dir: Path | None = None
+    """Folder of the evaluation sets to keep apart; none: those in `dir`."""
 
     def __post_init__(self) -> None:
         if self.rule == "weights" and not isinstance(self.tasks, dict):
-            raise ValueError("data.rule=weights needs data.tasks as a mapping of names to weights")
+            raise ValueError("mixture.rule=weights needs mixture.tasks as a mapping of names to weights")
         if self.rule != "weights" and isinstance(self.tasks, dict):
             raise ValueError(
-                f"data.tasks gives weights, which data.rule={self.rule} does not use; set data.rule=weights, or list the names"
+                f"mixture.tasks gives weights, which mixture.rule={self.rule} does not use; set mixture.rule=weights, or list the names"
             )
         if self.tasks is not None and not self.tasks:
-            raise ValueError("data.tasks is empty; name at least one data set, or leave the key out to take every one that is there")
+            raise ValueError("mixture.tasks is empty; name at least one data set, or leave the key out to take every one that is there")
+        if self.templates not in ("own", "p3") and not self.templates.startswith(PROMPTSOURCE):
+            raise ValueError(f"mixture.templates is {self.templates!r}; choose own, p3, or promptsource:PATH")
+        if self.truncate is not None and self.truncate < 1:
+            raise ValueError(f"mixture.truncate is {self.truncate}; 1 or more is needed, or null")
         if self.seed < 0:
-            raise ValueError(f"data.seed is {self.seed}; 0 or more is needed")
+            raise ValueError(f"mixture.seed is {self.seed}; 0 or more is needed")
         for name, weight in (self.tasks if isinstance(self.tasks, dict) else {}).items():
             if not 0 < weight < float("inf"):
-                raise ValueError(f"data.tasks.{name} is {weight}; a positive number is needed")
+                raise ValueError(f"mixture.tasks.{name} is {weight}; a positive number is needed")
+            if name in GROUPS:
+                raise ValueError(f"mixture.tasks.{name} names a group of sets; weights are given set by set")
+
+    def set_rate(self, task: Task, size: int, num_templates: int) -> Fraction:
+        """The rate of a whole set of `size` rows that is asked through `num_templates` prompts."""
+        if self.rule == "weights":
+            assert isinstance(self.tasks, dict)
+            return Fraction(str(self.tasks[task.name]))
+        capped = size if size <= T0_CAP else T0_CAP // num_templates
+        if self.rule == "t0-code":
+            return Fraction(capped * num_templates)
+        return Fraction(capped if self.rule == "t0-readme" else min(size, T0_CAP))
 
 
 @dataclass(frozen=True)
-class Rate:
-    """One data set's part of a mixture."""
+class Draw:
+    """What stands at one index of a mixture."""
 
-    rows: Rows
-    rate: float
-    share: float
+    task: str
+    family: str
+    template: str
+    row: int
+    """Number of the row in its file."""
+    turn: int
+    """How often the stream's rows were covered before."""
+    example: Example | None
+    """None where no prompt applies to the row."""
+
+
+class _Stream:
+    """An endless series of draws; Grain takes it as a random-access source."""
+
+    def __init__(self, task: str, family: str, templates: Sequence[str], rate: Fraction, seed: int) -> None:
+        self.task, self.family, self.templates, self.rate = task, family, tuple(templates), rate
+        self.seed = seed
+        self._key = f"{seed}/{task}/{'|'.join(templates)}"
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the stream covers."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    @cached_property
+    def order(self) -> Order:
+        return Order(self.num_rows, self._key)
+
+    def __getitem__(self, position: int) -> Draw:
+        turn, place = self.order[int(position)]
+        return self.draw(turn, place)
+
+    def draw(self, turn: int, place: int) -> Draw:
+        raise NotImplementedError
+
+
+class _Turns(_Stream):
+    """Rows through prompts that take turns, so that a row meets all of them in as many passes."""
+
+    def __init__(self, rows: Rows, places: Places, prompts: Sequence[Template], rate: Fraction, seed: int) -> None:
+        super().__init__(rows.task.name, rows.task.family, [prompt.name for prompt in prompts], rate, seed)
+        self.rows, self.prompts, self.within = rows, prompts, places
+
+    @cached_property
+    def places(self) -> Places:
+        """Numbers of the rows that are asked."""
+        return self.within
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.places)
+
+    def draw(self, turn: int, place: int) -> Draw:
+        row, count = int(self.places[place]), len(self.prompts)
+        for offset in range(count):
+            prompt = self.prompts[(row + turn + offset) % count]
+            example = self.rows.render(row, prompt, seed=self.seed)
+            if example is not None:
+                return Draw(self.task, self.family, prompt.name, row, turn, example)
+        return Draw(self.task, self.family, self.prompts[(row + turn) % count].name, row, turn, None)
+
+
+class _Some(_Turns):
+    """One prompt over the rows that it applies to. They are looked for when the stream is first drawn from."""
+
+    @cached_property
+    def places(self) -> Places:
+        found, prompt = [], self.prompts[0]
+        with progress(f"rows of {self.task} that {prompt.name!r} asks", len(self.within)) as advance:
+            for place in self.within:
+                if self.rows.render(place, prompt, seed=self.seed) is not None:
+                    found.append(place)
+                advance()
+        # Where it asks none, its draws keep their places and are skipped, as the plan warns.
+        return np.array(found, dtype=np.int64) if found else self.within
+
+
+class _Rendered(_Stream):
+    """Rows that P3 rendered."""
+
+    def __init__(self, task: str, family: str, template: str, prompted: p3.Prompted, rate: Fraction, seed: int) -> None:
+        super().__init__(task, family, [template], rate, seed)
+        self.prompted = prompted
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.prompted)
+
+    def draw(self, turn: int, place: int) -> Draw:
+        example = self.prompted.example(place)
+        if example is not None:
+            example = Example(example.inputs, example.targets, example.choices, self.task, self.templates[0])
+        return Draw(self.task, self.family, self.templates[0], place, turn, example)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data set of a mixture."""
+
+    task: str
+    family: str
+    num_rows: int
+    """Rows at hand, those that were dropped not counted."""
+    rate: Fraction
+    templates: tuple[str, ...]
+    origin: str
+    dropped: int = 0
+    """Rows left out because they share text with an evaluation set."""
 
 
 class Mixture:
-    """Random access to the endless stream of examples: `mixture[index]`.
-
-    An element is None where no template applies to the drawn row.
-    """
+    """Random access to the endless stream of examples: `mixture.draw(index)`, or its example alone: `mixture[index]`."""
 
     def __init__(self, config: MixtureConfig) -> None:
         self.config = config
-        parts = [(rows, _rate(rows, config)) for rows in _load(config)]
-        total = sum(rate for _, rate in parts)
-        self.rates = tuple(Rate(rows, rate, rate / total) for rows, rate in parts)
-        self.num_rows = sum(len(part.rows.rows) for part in self.rates)
-        streams = [
-            grain.MapDataset.range(len(part.rows.rows))
-            .seed(config.seed + 7919 * position)
-            .shuffle()
-            .repeat()
-            .map_with_index(_Renderer(part.rows, config.seed))
-            for position, part in enumerate(self.rates)
-        ]
-        self._mixed = grain.MapDataset.mix(streams, weights=[part.share for part in self.rates])
+        self.missing: dict[str, str] = {}
+        """What cannot be had of what was asked for (sets of a group, prompts of a set, prompts of rendered rows), and why."""
+        self.streams: list[_Stream] = []
+        self.parts: list[Part] = []
+        if config.templates == "p3":
+            self._read_p3()
+        else:
+            self._read_rows()
+        self.interleave = Interleave([stream.rate for stream in self.streams])
+        self.total_rate = sum((part.rate for part in self.parts), Fraction(0))
+        self._mixed = grain.MapDataset.select_from_datasets([grain.MapDataset.source(stream) for stream in self.streams], self.interleave)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all sets."""
+        return sum(part.num_rows for part in self.parts)
+
+    def draw(self, index: int) -> Draw:
+        """What stands at `index`."""
+        draw: Draw = self._mixed[index]
+        return draw
 
     def __getitem__(self, index: int) -> Example | None:
-        example: Example | None = self._mixed[index]
-        return example
+        return self.draw(index).example
 
-    def family(self, task: str) -> str:
-        """The family of a data set of this mixture."""
-        return catalog()[task].family
+    def _read_rows(self) -> None:
+        config = self.config
+        loaded, self.missing = load_sets(config)
+        dropped = self._contaminated(loaded) if config.decontaminate else {}
+        for rows in loaded:
+            prompts = self._prompts(rows)
+            if prompts:
+                self._add(rows, prompts, dropped.get(rows.task.name, frozenset()))
+        if not self.streams:
+            raise UserError(f"{config.templates}: no template fits any of the data sets; {next(iter(self.missing.values()), '')}")
+
+    def _prompts(self, rows: Rows) -> tuple[Template, ...]:
+        """The prompts that a set is asked through."""
+        config, task = self.config, rows.task
+        if not config.templates.startswith(PROMPTSOURCE):
+            return task.prompts
+        path = Path(config.templates.removeprefix(PROMPTSOURCE)).expanduser()
+        templates_folder(path)
+        found = read_templates(path, task.promptsource, config.truncate) if task.promptsource else ()
+        if not found:
+            self.missing[task.name] = f"{task.name}: {path} has no templates for it"
+        return found
+
+    def _add(self, rows: Rows, prompts: Sequence[Template], dropped: frozenset[int]) -> None:
+        config, task = self.config, rows.task
+        size = task.splits.get(config.split, len(rows.rows)) if config.split == "train" else len(rows.rows)
+        rate = config.set_rate(task, size, len(prompts))
+        columns, fits = rows.rows[0].keys(), []
+        for prompt in prompts:
+            if absent := sorted(prompt.variables - columns):
+                self.missing[f"{task.name}/{prompt.name}"] = f"{rows.origin}: template {prompt.name!r} needs the column {absent[0]!r}"
+            else:
+                fits.append(prompt)
+        if not fits:
+            return
+        if isinstance(config.tasks, dict):  # a given weight is the set's, however many of its prompts can be used
+            rate = rate * len(prompts) / len(fits)
+        places: Places = range(len(rows.rows))
+        if dropped:
+            places = np.array([place for place in places if place not in dropped], dtype=np.int64)
+            if not len(places):
+                raise UserError(f"{rows.origin}: every row shares text with an evaluation set; take {task.name} out of mixture.tasks")
+        one = rate / len(prompts)
+        always = [prompt for prompt in fits if not prompt.conditional]
+        if always:
+            self.streams.append(_Turns(rows, places, always, one * len(always), config.seed))
+        self.streams += [_Some(rows, places, [prompt], one, config.seed) for prompt in fits if prompt.conditional]
+        names = tuple(prompt.name for prompt in fits)
+        self.parts.append(Part(task.name, task.family, len(places), one * len(fits), names, rows.origin, len(dropped)))
+
+    def _contaminated(self, loaded: Sequence[Rows]) -> dict[str, frozenset[int]]:
+        report = contamination.check([passages(rows) for rows in loaded], [passages(rows) for rows in held_out(self.config)])
+        return {rows.task.name: frozenset(report.rows(rows.task.name)) for rows in loaded}
+
+    def _read_p3(self) -> None:
+        config = self.config
+        folder, wanted = data_folder(config.dir), _wanted(config)
+        configs = {p3.config_name(task.name, template): (task, template) for task in wanted for template in task.p3_templates}
+        if config.decontaminate:
+            raise UserError("mixture.decontaminate works on rows, and P3's are rendered; use mixture.templates=promptsource:PATH")
+        if folder is None:
+            found = {name: p3.from_hub(name, config.split) for name in configs}
+        else:
+            found = p3.find(folder, config.split)
+            if not found:
+                raise UserError(f"{folder} holds no P3 rows of the split {config.split}, such as glue_qqp_meaning/{config.split}.jsonl")
+        by_task: dict[str, list[tuple[str, p3.Prompted]]] = {}
+        known = {task.name: task for task in wanted}
+        everywhere = {p3.config_name(task.name, template) for task in catalog().values() for template in task.p3_templates}
+        for name, prompted in sorted(found.items()):
+            if not len(prompted):
+                continue
+            if name in configs:
+                task, template = configs[name]
+                by_task.setdefault(task.name, []).append((template, prompted))
+            elif config.tasks is None and name not in everywhere and not _is_held_out(name):
+                by_task.setdefault(name, []).append((name, prompted))  # rows of nothing that the catalogue knows: a set of their own
+                if prompted.note:
+                    self.missing[name] = prompted.note
+        for set_name, entries in by_task.items():
+            rows = [prompted for _, prompted in entries]
+            if set_name in known:
+                task = known[set_name]
+                total, family = len(task.p3_templates), task.family
+                rate = config.set_rate(task, task.splits.get(config.split, sum(map(len, rows))), total)
+                if config.rule == "weights":
+                    total = len(entries)
+            else:
+                total, family, rate = 1, "Other", Fraction(min(len(rows[0]), T0_CAP))
+            self.streams += [_Rendered(set_name, family, template, each, rate / total, config.seed) for template, each in entries]
+            names = tuple(template for template, _ in entries)
+            self.parts.append(Part(set_name, family, sum(map(len, rows)), rate / total * len(entries), names, rows[0].origin))
+        for name in () if config.tasks is None else [name for name in known if name not in by_task]:
+            self.missing[name] = f"{name}: no P3 rows in {folder}"
+            if name in _named(config):
+                raise UserError(self.missing[name])
+        if not self.streams:
+            raise UserError(f"{folder}: no P3 rows of any data set that was asked for")
 
 
-class _Renderer(grain.transforms.MapWithIndex):  # type: ignore[misc]
-    """(position in the set's stream, row number) -> Example; every pass takes the row's next template."""
+def load_sets(config: MixtureConfig) -> tuple[list[Rows], dict[str, str]]:
+    """The rows of every set, and for those that are not there why not.
 
-    def __init__(self, rows: Rows, seed: int) -> None:
-        self.rows, self.seed = rows, seed
-
-    def map_with_index(self, index: int, element: int) -> Example | None:
-        prompts = self.rows.task.prompts
-        first = element + index // len(self.rows.rows)
-        for offset in range(len(prompts)):
-            template = prompts[(first + offset) % len(prompts)]
-            example = self.rows.render(int(element), template, seed=self.seed)
-            if example is not None:
-                return example
-        return None
-
-
-def _load(config: MixtureConfig) -> list[Rows]:
-    folder = data_folder(config.dir)
-    if config.tasks is not None:
-        tasks = find_tasks(config.tasks)
-        for task in tasks:
-            if task.role != "train":
-                raise UserError(f"{task.name} is held out for evaluation ({task.role}); take it out of data.tasks")
-        return [load_rows(task, folder, config.split) for task in tasks]
-    if folder is None:
-        raise UserError("data.dir is none: name the data sets to fetch from the hub in data.tasks")
-    found = []
-    for task in (task for task in catalog().values() if task.role == "train"):
+    A set that was named must be there; one that was asked for as part of a group may be missing.
+    """
+    folder, named = data_folder(config.dir), _named(config)
+    loaded, missing = [], {}
+    for task in _wanted(config):
         try:
-            found.append(load_rows(task, folder, config.split))
+            loaded.append(load_rows(task, folder, config.split))
         except UserError as error:
-            if "no file for the split" not in str(error):
+            if task.name in named or "no file for the split" not in str(error):
                 raise
-    if not found:
+            if config.tasks is not None:
+                missing[task.name] = str(error)
+    if not loaded:
         raise UserError(f"no training set with a split {config.split} in {folder}; see: mtllama tasks list")
+    return loaded, missing
+
+
+def _named(config: MixtureConfig) -> set[str]:
+    """Sets that the user asked for by their own names, which must be there."""
+    return set(config.tasks or ()) - set(GROUPS)
+
+
+def _wanted(config: MixtureConfig) -> list[Task]:
+    if config.tasks is None and config.dir is None:
+        raise UserError("mixture.dir is none: name the data sets to fetch from the hub in mixture.tasks")
+    tasks = find_tasks(("train",) if config.tasks is None else config.tasks)
+    for task in tasks:
+        if task.role != "train" and not config.allow_held_out:
+            raise UserError(
+                f"{task.name} is held out for evaluation ({task.role}); take it out of mixture.tasks, "
+                "or set mixture.allow_held_out=true and do not call it unseen"
+            )
+    return tasks
+
+
+def _is_held_out(p3_config: str) -> bool:
+    """Whether a P3 config is of an evaluation set."""
+    prefixes = [
+        p3.config_name(*(t.promptsource or t.name).rsplit("/", 1)) if "/" in (t.promptsource or "") else (t.promptsource or t.name)
+        for t in catalog().values()
+        if t.role != "train"
+    ]
+    return any(p3_config.startswith(prefix.replace("-", "_") + "_") for prefix in prefixes)
+
+
+def held_out(config: MixtureConfig) -> list[Rows]:
+    """The evaluation sets to keep training data apart from: those in `eval_dir`, or in `dir`."""
+    folder = data_folder(config.eval_dir if config.eval_dir is not None else config.dir)
+    if folder is None:
+        raise UserError("mixture.eval_dir is none: give the folder of the evaluation sets to compare with")
+    found = []
+    for task in catalog().values():
+        if task.role != "train":
+            try:
+                found.append(load_rows(task, folder))
+            except UserError as error:
+                if "no file for the split" not in str(error):
+                    raise
+    if not found:
+        raise UserError(f"no evaluation set in {folder}; set mixture.eval_dir to a folder of them")
     return found
 
 
-def _rate(rows: Rows, config: MixtureConfig) -> float:
-    if config.rule == "weights":
-        assert isinstance(config.tasks, Mapping)
-        return config.tasks[rows.task.name]
-    size, num_templates = len(rows.rows), len(rows.task.prompts)
-    return float(size * num_templates if size <= T0_CAP else T0_CAP // num_templates * num_templates)
+def passages(rows: Rows) -> contamination.Passages:
+    """The texts of a set that are compared with other sets."""
+    return contamination.Passages(rows.task.name, contamination.passages(rows.rows, rows.task.passages))

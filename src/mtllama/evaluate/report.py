@@ -16,7 +16,7 @@ from mtllama.evaluate.compare import Comparison, Difference, Job, Key, Mean, Run
 from mtllama.evaluate.page import Cell, Grid, Page, Picture, Reading, Section, to_html, to_markdown
 from mtllama.progress import progress
 from mtllama.tasks.catalog import SAMPLER
-from mtllama.tasks.source import read_rows
+from mtllama.tasks.files import read_rows
 
 __all__ = ["Comparison", "Difference", "Mean", "compare", "table", "write_report"]
 

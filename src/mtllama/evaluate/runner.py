@@ -16,7 +16,7 @@ from mtllama.evaluate.protocols import Item, Record
 from mtllama.model.engine import Engine
 from mtllama.progress import progress, say
 from mtllama.tasks.catalog import SAMPLER, Rows, Task, data_folder, find_tasks, load_rows
-from mtllama.tasks.source import read_rows
+from mtllama.tasks.files import read_rows
 
 SCHEMA = 1
 RESULTS, RECORDS = "results.json", "records.jsonl"
@@ -91,7 +91,7 @@ def load_items(config: EvalConfig) -> tuple[list[TaskItems], dict[str, str]]:
 def _task_items(task: Task, rows: Rows, config: EvalConfig) -> TaskItems:
     items, skipped = [], 0
     for index in sample_indices(len(rows.rows), config.limit, f"{config.seed}/{task.name}"):
-        for template in task.prompts:
+        for template in task.prompts[:1]:
             example = rows.render(index, template, seed=config.seed)
             if example is None:
                 skipped += 1
@@ -186,4 +186,4 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
     results = folders.read_json(folder / RESULTS)
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
         raise UserError(f"{folder / RESULTS} is not of schema {SCHEMA}; evaluate again")
-    return results, read_rows(folder / RECORDS)
+    return results, list(read_rows(folder / RECORDS))

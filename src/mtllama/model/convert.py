@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from mtllama import folders
 from mtllama.errors import UserError
@@ -36,6 +35,7 @@ def find_gguf() -> Path | None:
 def convert(gguf_file: Path, out: Path) -> None:
     """Write a Hugging Face folder (config, bf16 safetensors, tokenizer) of a LLaMA GGUF, atomically."""
     import gguf
+    import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     say(f"converting {gguf_file.name} into {out} (once)")

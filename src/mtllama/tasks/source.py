@@ -1,14 +1,11 @@
-"""Rows of a data set: from local files by one file rule, or from the Hugging Face hub.
+"""Where the rows of a data set are: local files, found by one file rule, or the Hugging Face hub.
 
-The file rule: `<set>[/<config>]/[<config>.]<split>[.<note>].<jsonl|jsonl.gz|csv|parquet>`, where `<set>` is the
-catalogue name or the hub id (its `/` a folder or `_`).
+The file rule: `[train/|eval/]<set>[/<config>]/[<config>.]<split>[.<note>].<jsonl|jsonl.gz|csv|parquet>`, where `<set>`
+is the catalogue name or the hub id (its `/` a folder or `_`).
 """
 
 import dataclasses
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,8 @@ from mtllama.errors import UserError
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+PARTS = ("train", "eval")
+"""Folders of a data folder that may hold sets too."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,15 @@ class Location:
     hub_id: str
     config: str | None = None
     revision: str | None = None
+    """Revision of the hub repository that holds parquet, where its main branch is a loading script."""
     local: tuple[str, ...] = ()
     """Further names of the local folder."""
     local_config: str | None = None
     """The config as it stands in local file names, where that differs from the hub's."""
+    local_prefix: dict[str, str] | None = None
+    """Column -> how its values begin in the rows of this set, where one local file holds several sub-sets."""
+    hub_prefix: dict[str, str] | None = None
+    """The same for the hub's rows."""
     splitless: bool = False
     """Local files carry no split in their name (XQuAD)."""
 
@@ -42,6 +46,8 @@ class DataFile:
     path: Path
     split: str
     note: str
+    shared: bool = dataclasses.field(default=False, compare=False)
+    """Whether it lies in a folder that other sub-sets share."""
 
 
 def find_file(name: str, location: Location, data_dir: Path, splits: tuple[str, ...]) -> DataFile | None:
@@ -62,14 +68,15 @@ def find_file(name: str, location: Location, data_dir: Path, splits: tuple[str, 
 def _candidates(name: str, location: Location, data_dir: Path) -> Iterator[DataFile]:
     config = location.local_config or location.config
     sets = dict.fromkeys((name, *location.local, location.hub_id, location.hub_id.replace("/", "_"), location.hub_id.split("/")[-1]))
-    folders: dict[Path, str | None] = {}  # folder -> config that a file's name must carry, or "" where it may
-    for each in sets:
-        own = each == name or each in location.local
-        folders[data_dir / each] = None if own else config
-        if config:
-            folders[data_dir / each / config] = None
-            folders[data_dir / f"{each}_{config}"] = None
-    for folder, needed in folders.items():
+    folders: dict[Path, tuple[str | None, bool]] = {}  # folder -> config that a file's name must carry; whether it is shared
+    for root in (data_dir, *(data_dir / part for part in PARTS)):
+        for each in sets:
+            own = each == name or each in location.local
+            shared = location.local_prefix is not None and each in location.local
+            folders[root / each] = (None if own else config, shared)
+            if config:
+                folders[root / each / config] = folders[root / f"{each}_{config}"] = (None, False)
+    for folder, (needed, shared) in folders.items():
         if not folder.is_dir():
             continue
         for path in sorted(folder.iterdir()):
@@ -82,66 +89,30 @@ def _candidates(name: str, location: Location, data_dir: Path) -> Iterator[DataF
             elif config and (needed or _other_config(stem)):
                 continue
             split, _, note = ("", "", stem) if location.splitless else stem.partition(".")
-            yield DataFile(path, split, note)
+            yield DataFile(path, split, note, shared)
 
 
 def _other_config(stem: str) -> bool:
     """Whether a file name begins with a config rather than a split, as `cb.validation` does."""
     first = stem.split(".")[0]
-    return not first.startswith(("train", "validation", "test", "dev"))
+    return not first.startswith(("train", "validation", "test", "dev", "eval"))
 
 
-def read_rows(path: Path) -> list[Row]:
-    """All rows of a local file; a broken one is an error with file and line (or row group)."""
-    try:
-        if path.suffix in (".parquet", ".csv"):
-            return _read_table(path)
-        opener: Any = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as handle:
-            return list(_read_jsonl(path, handle))
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); mend or replace the file") from error
-
-
-def _read_jsonl(path: Path, lines: Any) -> Iterator[Row]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}); mend or remove the line") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: a JSON object is needed, not {type(row).__name__}")
-        yield row
-
-
-def _read_table(path: Path) -> list[Row]:
-    """A parquet or csv file; csv columns get the types that their values show (a label `1` is a number)."""
-    import pyarrow
-    import pyarrow.csv
-    import pyarrow.parquet
-
-    try:
-        if path.suffix == ".csv":
-            options = pyarrow.csv.ParseOptions(newlines_in_values=True)
-            return list(pyarrow.csv.read_csv(path, parse_options=options).to_pylist())
-        return list(pyarrow.parquet.read_table(path).to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); mend it or fetch it again") from error
-
-
-def read_hub(name: str, location: Location, split: str) -> list[Row]:
-    """Rows of one split from the Hugging Face hub (or its local cache)."""
+def read_hub(name: str, location: Location, split: str) -> Sequence[Row]:
+    """Rows of one split from the Hugging Face hub (or its local cache), memory-mapped."""
     advice = f"pass --data-dir with a file {name}/{split}.jsonl"
     reason = hub.unreachable()
     if reason and not hub.offline():  # offline, the client looks into its cache and is done; else it would retry
         raise UserError(f"{name}: no local file, and the hub cannot be asked for {location.hub_id} ({reason}); {advice}")
     import datasets
 
+    config, files = location.config, None
+    if location.revision:  # the hub's parquet copies of a repository that holds a script: a folder per config and split
+        config, files = None, {split: f"{location.config or 'default'}/{split}/*.parquet"}
     try:
-        rows = datasets.load_dataset(location.hub_id, location.config, revision=location.revision, split=split)
+        rows = datasets.load_dataset(location.hub_id, config, data_files=files, revision=location.revision, split=split)
     except Exception as error:  # the hub client raises many kinds; each means the same to the user
         why = f"{reason}, and it is not in the local cache" if reason else " ".join(str(error).split())[:200]
         raise UserError(f"{name}: no local file, and {location.hub_id} cannot be had from the hub ({why}); {advice}") from error
-    return [dict(row) for row in rows]
+    found: Sequence[Row] = rows
+    return found

@@ -27,13 +27,14 @@ from mtllama.data.mixture import Mixture
 from mtllama.data.prompt import Encoded, PromptEncoder
 from mtllama.errors import UserError
 from mtllama.model.convert import save_checkpoint
-from mtllama.model.load import LoadedModel, find_model, load_model, pick_dtype
+from mtllama.model.find import find_model
+from mtllama.model.load import LoadedModel, load_model, pick_dtype
 from mtllama.progress import progress, say
 from mtllama.train import state
-from mtllama.train.recipe import Recipe, TrainConfig
+from mtllama.train.recipe import RECIPE, Recipe, TrainConfig
 from mtllama.weights.shards import CheckpointReader
 
-METRICS, RECIPE = "metrics.jsonl", "recipe.json"
+METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 
 
 @dataclass
@@ -59,7 +60,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> Path:
     out, train = recipe.out, recipe.train
     folders.require_new(out, overwrite=overwrite)
     work = out.with_name(out.name + ".partial")
-    mixture = Mixture(recipe.data)
+    mixture = Mixture(recipe.mixture)
     torch.manual_seed(train.seed)
     loaded = load_model(find_model(recipe.model, recipe.base, recipe.delta), format=recipe.format, train=True)
     encoder = PromptEncoder(loaded.tokenizer, loaded.format, min(train.max_length, loaded.max_length))
@@ -71,6 +72,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> Path:
         if start:
             say(f"going on from step {start} of {train.num_steps}")
         _rewind(work / METRICS, start)
+        _rewind(work / SKIPPED, start)
         _steps(recipe, loaded, optimizer, mixture, encoder, work, start, totals)
         return _finish(recipe, loaded, encoder, work, totals)
 
@@ -87,11 +89,15 @@ def _claim(work: Path, recipe: Recipe, *, overwrite: bool) -> None:
     folders.write_json(work / RECIPE, wanted)
 
 
-def _rewind(metrics: Path, step: int) -> None:
-    """Drop lines of steps that will be taken again."""
-    if metrics.is_file():
-        lines = metrics.read_text(encoding="utf-8").splitlines()[:step]
-        folders.write_text(metrics, "".join(line + "\n" for line in lines))
+def _rewind(file: Path, step: int) -> None:
+    """Drop lines of steps that will be taken again (a last line that a kill cut short among them)."""
+    if file.is_file():
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        folders.write_text(file, "".join(kept))
 
 
 def _steps(
@@ -110,7 +116,7 @@ def _steps(
         for step in range(start, train.num_steps):
             began = time.monotonic()
             before = Totals(**vars(totals))
-            examples, families = _draw(train, mixture, encoder, step, totals)
+            examples, families, skipped = _draw(train, mixture, encoder, step, totals)
             losses = _backward(model, examples, compute, train.tokens_per_pass)  # [num_examples] sums
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm))
             num_targets = sum(example.num_target for example in examples)
@@ -135,8 +141,9 @@ def _steps(
                 "tokens_per_second": round(speed, 1),
                 "families": _by_family(families, examples, losses),
             }
-            with open(work / METRICS, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(line) + "\n")
+            for file, lines in ((METRICS, [line]), (SKIPPED, skipped)):
+                with open(work / file, "a", encoding="utf-8") as handle:
+                    handle.writelines(json.dumps(each) + "\n" for each in lines)
             advance(note=f"loss {loss:.3f}, {speed:.0f} tokens/s,")
             due = (step + 1) % train.save_every == 0 and step + 1 < train.num_steps
             if due or interrupted():
@@ -147,22 +154,31 @@ def _steps(
                 )
 
 
-def _draw(train: TrainConfig, mixture: Mixture, encoder: PromptEncoder, step: int, totals: Totals) -> tuple[list[Encoded], list[str]]:
-    """The examples of one step, and their families. The position in the mixture is a function of the step alone."""
-    examples, families = [], []
-    for index in range(step * train.batch_size, min((step + 1) * train.batch_size, train.examples)):
-        example = mixture[index]
-        encoded = encoder.encode(example.inputs, example.targets) if example is not None else None
-        if example is None or encoded is None:
+def _draw(
+    train: TrainConfig, mixture: Mixture, encoder: PromptEncoder, step: int, totals: Totals
+) -> tuple[list[Encoded], list[str], list[dict[str, Any]]]:
+    """The examples of one step, their families, and what was skipped and why.
+
+    The position in the mixture is a function of the step alone.
+    """
+    examples, families, skipped = [], [], []
+    indices = train.indices(step)
+    draws = [mixture.draw(index) for index in indices]
+    encodings = iter(encoder.encode_batch([(draw.example.inputs, draw.example.targets) for draw in draws if draw.example]))
+    for index, draw in zip(indices, draws, strict=True):
+        encoded = next(encodings) if draw.example else None
+        if encoded is None:
             totals.skipped += 1
+            why = "its answer alone is longer than train.max_length" if draw.example else "no prompt applies"
+            skipped.append({"step": step + 1, "index": index, "task": draw.task, "template": draw.template, "row": draw.row, "why": why})
             continue
         examples.append(encoded)
-        families.append(mixture.family(example.task))
+        families.append(draw.family)
         totals.examples += 1
         totals.tokens += len(encoded.ids)
         totals.targets += encoded.num_target
         totals.cut += encoded.cut
-    return examples, families
+    return examples, families, skipped
 
 
 def _backward(model: Any, examples: list[Encoded], compute: torch.dtype, tokens_per_pass: int) -> torch.Tensor:
@@ -256,7 +272,8 @@ def _finish(recipe: Recipe, loaded: LoadedModel, encoder: PromptEncoder, work: P
     model.to(_stored_dtype(loaded.source.folder))
     with folders.new_folder(recipe.out, overwrite=True) as folder:
         save_checkpoint(model, tokenizer, folder)
-        shutil.copyfile(work / METRICS, folder / METRICS)
+        for file in (METRICS, SKIPPED):
+            shutil.copyfile(work / file, folder / file)
         folders.write_manifest(
             folder,
             "model",

@@ -6,10 +6,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from mtllama.config import load_config
+from mtllama import folders
+from mtllama.config import load_config, override
 from mtllama.data.mixture import MixtureConfig
 from mtllama.data.prompt import DEFAULT_FORMAT, find_format
-from mtllama.model.load import Dtype
+from mtllama.errors import UserError
+from mtllama.model.find import Dtype
+
+RECIPE = "recipe.json"
+"""The recipe in the folder of a run that is not done."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ class TrainConfig:
         """Optimiser steps of the run; the last one may hold fewer examples."""
         return -(-self.examples // self.batch_size)
 
+    def indices(self, step: int) -> range:
+        """Positions in the mixture that the step with this number (from 0) is made of."""
+        return range(step * self.batch_size, min((step + 1) * self.batch_size, self.examples))
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -69,13 +78,28 @@ class Recipe:
     """What tables call the result, after the name of its base."""
     format: str = DEFAULT_FORMAT
     """Prompt format; it travels with the result as its chat template."""
-    data: MixtureConfig = field(default_factory=MixtureConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
 
     def __post_init__(self) -> None:
         find_format(self.format)
 
 
 def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from a YAML file, or one that is shipped, by its name (`quickstart`); `key=value` words win over it."""
+    """A recipe from a YAML file, from the folder of a run, or one that is shipped, by its name (`quickstart`).
+
+    `key=value` words win over it.
+    """
+    if recipe.is_dir():
+        return _recipe_of_run(recipe, overrides)
     shipped = Path(str(resources.files("mtllama").joinpath("recipes", recipe.name + ".yaml")))
     return load_config(Recipe, shipped if not recipe.exists() and shipped.is_file() else recipe, overrides)
+
+
+def _recipe_of_run(folder: Path, overrides: Sequence[str]) -> Recipe:
+    """What a training run was made by, whether it is done or not."""
+    for file, key in ((folder / folders.MANIFEST, "recipe"), (folder / RECIPE, None)):
+        values = folders.read_json(file) if file.is_file() else {}
+        values = values.get(key) if key else values
+        if values:
+            return override(Recipe, values, str(file), overrides)
+    raise UserError(f"{folder} is not the folder of a training run ({folders.MANIFEST} or {RECIPE} with a recipe is needed)")

@@ -1,0 +1,109 @@
+"""An export is a function of the mixture alone: the same bytes for any number of workers, whole or cut off and gone on with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from mtllama.data import export as export_module
+from mtllama.data.export import ExportConfig, export
+from mtllama.data.mixture import Mixture, MixtureConfig
+from mtllama.data.prompt import FORMATS
+from mtllama.errors import UserError
+from mtllama.folders import sha256_file
+
+FORMAT = FORMATS["mtllama"]
+
+
+@pytest.fixture(scope="module")
+def mixture() -> Mixture:
+    return Mixture(MixtureConfig(dir=Path("sampler"), tasks=("trec", "samsum", "ag_news")))
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {file.name: sha256_file(file) for file in sorted((folder / "data").iterdir())}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_the_rows_are_the_draws_in_their_order(tmp_path: Path, mixture: Mixture, kind: Any) -> None:
+    out = export(mixture, FORMAT, ExportConfig(70, kind, 32), tmp_path / "out")
+    loaded = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    draws = [(index, mixture.draw(index)) for index in range(70)]
+    expected = [(index, draw) for index, draw in draws if draw.example]
+    assert len(loaded) == len(expected) > 60
+    for row, (index, draw) in zip(loaded, expected, strict=True):
+        assert draw.example is not None
+        assert (row["index"], row["task"], row["template"], row["row"]) == (index, draw.task, draw.template, draw.row)
+        assert row["prompt"] == f"Input: {draw.example.inputs}\nOutput:"
+        assert row["completion"] == " " + draw.example.targets
+        assert row["messages"] == [
+            {"role": "user", "content": draw.example.inputs},
+            {"role": "assistant", "content": draw.example.targets},
+        ]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_two_workers_write_the_same_bytes_as_one(tmp_path: Path, mixture: Mixture, kind: Any) -> None:
+    one = export(mixture, FORMAT, ExportConfig(100, kind, 16), tmp_path / "one", workers=1)
+    two = export(mixture, FORMAT, ExportConfig(100, kind, 16), tmp_path / "two", workers=2)
+    assert files(one) == files(two)
+    assert len(files(one)) == 7
+
+
+def test_a_cut_off_export_goes_on_with_the_shards_that_are_missing(
+    tmp_path: Path, mixture: Mixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = export(mixture, FORMAT, ExportConfig(96, "jsonl", 16), tmp_path / "whole")
+    write, written = export_module._write_shard, list[str]()
+
+    def failing(mixture: Mixture, format: Any, work: Path, name: str, *rest: Any) -> None:
+        if len(written) == 3:
+            (work / f".{name}.partial").write_text("half a line")
+            raise KeyboardInterrupt
+        written.append(name)
+        write(mixture, format, work, name, *rest)
+
+    monkeypatch.setattr(export_module, "_write_shard", failing)
+    with pytest.raises(KeyboardInterrupt):
+        export(mixture, FORMAT, ExportConfig(96, "jsonl", 16), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(export_module, "_write_shard", lambda *job: (written.append(job[3]), write(*job)))
+    out = export(mixture, FORMAT, ExportConfig(96, "jsonl", 16), tmp_path / "out")
+    assert len(written) == len(set(written)) == 6, "no shard was written twice"
+    assert files(out) == files(whole)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_unfinished_export_of_another_kind_is_refused(tmp_path: Path, mixture: Mixture) -> None:
+    work = tmp_path / "out.partial"
+    work.mkdir()
+    (work / "export.json").write_text("{}")
+    with pytest.raises(UserError, match="holds an unfinished export of another kind"):
+        export(mixture, FORMAT, ExportConfig(10), tmp_path / "out")
+    assert export(mixture, FORMAT, ExportConfig(10), tmp_path / "out", overwrite=True).is_dir()
+
+
+def test_the_manifest_names_every_file_with_its_hash_and_counts(tmp_path: Path, mixture: Mixture) -> None:
+    out = export(mixture, FORMAT, ExportConfig(40, "parquet", 16), tmp_path / "out")
+    manifest = json.loads((out / "mtllama.json").read_text())
+    assert manifest["stage"] == "export" and manifest["num_examples"] == 40
+    assert {entry["file"]: entry["sha256"] for entry in manifest["files"]} == {
+        f"data/{name}": digest for name, digest in files(out).items()
+    }
+    assert manifest["rows"] + manifest["skipped"] == 40 and sum(manifest["tasks"].values()) == manifest["rows"]
+    assert "load_dataset" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("settings", [{"num_examples": 0}, {"num_examples": 5, "shard_size": 0}, {"num_examples": 5, "file_format": "csv"}])
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        ExportConfig(**settings)
+
+
+def test_the_native_format_and_no_workers_are_refused(tmp_path: Path, mixture: Mixture) -> None:
+    with pytest.raises(UserError, match="native belongs to a checkpoint"):
+        export(mixture, FORMATS["native"], ExportConfig(5), tmp_path / "out")
+    with pytest.raises(UserError, match="--workers is 0"):
+        export(mixture, FORMAT, ExportConfig(5), tmp_path / "out", workers=0)
