@@ -20,8 +20,8 @@ was chosen by reading what stands on both sides of it in the training sets of T0
   article on a sea snail;
 * it is the whole field in more than `MANY_ROWS` rows of one set that have different longest fields: "What does the man
   mean?". Questions about one context, and a context with its questions, count once;
-* it is a common phrase: its distinct words say, each for itself, less than `EXACT_BITS` or `SENTENCE_BITS` ("Which of the
-  following is true?", "I'm looking forward to it"). Words that stand in boilerplate of the first two kinds, in runs of
+* it is a common phrase, and not the whole field of an item of 25 characters or more: its distinct words say, each for
+  itself, less than `EXACT_BITS` or `SENTENCE_BITS` ("in the opposite direction", "What is the most likely reason"). Words that stand in boilerplate of the first two kinds, in runs of
   four, say nothing. How common a word is, is counted in all texts of the check; few texts tell little about that, so they
   are taken for part of a million words.
 """
@@ -463,6 +463,13 @@ def _equal(words: _Ids, starts: _Ints, others: _Ids, other_starts: _Ints, length
     return equal
 
 
+def _firsts(*columns: npt.NDArray[Any]) -> _Bools:
+    """Which rows of sorted columns are not equal to the one before."""
+    first = np.ones(len(columns[0]), np.bool_)
+    first[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
+    return first
+
+
 def _distinct(words: _Ids, starts: _Ints, lengths: _Ints) -> tuple[_Ints, _Ints]:
     """The first of every kind of equal spans, in their order, and the kind of each."""
     _, first, kind = np.unique(_hash_spans(words, starts, lengths), return_index=True, return_inverse=True)
@@ -529,8 +536,7 @@ class _Links:
         passage, text = passage[keep[passage]], text[keep[passage]]
         order = np.lexsort((text, passage))
         passage, text = passage[order], text[order]
-        new = np.ones(len(passage), np.bool_)
-        new[1:] = (passage[1:] != passage[:-1]) | (text[1:] != text[:-1])
+        new = _firsts(passage, text)
         return passage[new], text[new]
 
 
@@ -563,8 +569,8 @@ class _Search:
         whole = np.array(spans, np.int64).reshape(-1, 2)
         self.eval_links.add(*np.array(links, np.int64).reshape(-1, 2).T)
 
-        first, kind = _distinct(words, held.sentence_starts, held.sentence_lengths)
-        self.eval_links.add(len(whole) + kind, held.text_of(held.sentence_starts))
+        first, kind_of_sentence = _distinct(words, held.sentence_starts, held.sentence_lengths)
+        self.eval_links.add(len(whole) + kind_of_sentence, held.text_of(held.sentence_starts))
         sentences = held.sentence_starts[first], held.sentence_lengths[first]
         gaps = np.concatenate([np.zeros(1, np.int64), np.cumsum(words == 0)])
         grams = np.flatnonzero(gaps[GRAM_WORDS:] == gaps[:-GRAM_WORDS])
@@ -574,6 +580,8 @@ class _Search:
         self.starts = np.concatenate([whole[:, 0], sentences[0], grams[first]])
         self.lengths = np.concatenate([whole[:, 1], sentences[1], np.full(len(first), GRAM_WORDS)])
         self.rules = np.repeat(np.arange(3), [len(whole), len(sentences[0]), len(first)])
+        self.fields = self._long_fields(whole, kind_of_sentence)
+        """Whether a passage is the whole field of some item, and long enough to be a sentence."""
         self._offset = len(whole)
         self._finder = _Finder(words, self.starts[len(whole) :], self.lengths[len(whole) :])
         # Sentences of training texts, from `_more` on, are passages only once they are found.
@@ -614,6 +622,18 @@ class _Search:
         more = np.array(self._more_spans, np.int64).reshape(-1, 2)
         self.starts, self.lengths = np.concatenate([self.starts, more[:, 0]]), np.concatenate([self.lengths, more[:, 1]])
         self.rules = np.concatenate([self.rules, np.full(len(more), RULES.index(SENTENCE))])
+        self.fields = np.concatenate([self.fields, np.zeros(len(more), np.bool_)])
+
+    def _long_fields(self, whole: _Ints, kind_of_sentence: _Ints) -> _Bools:
+        held, fields = self.held, np.zeros(len(self.starts), np.bool_)
+        sizes = np.array([len(word) + 1 for word in self.vocabulary.words])
+        characters = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[held.words])])
+        fields[: len(whole)] = characters[whole.sum(axis=1)] - characters[whole[:, 0]] > SENTENCE_CHARACTERS
+        text = held.text_of(held.sentence_starts)
+        text_starts = np.concatenate([np.zeros(1, np.int64), held.text_ends[:-1]])
+        alone = (held.sentence_starts == text_starts[text]) & (held.sentence_lengths == held.text_ends[text] - 1 - text_starts[text])
+        fields[len(whole) + kind_of_sentence[alone]] = True
+        return fields
 
     def bits(self, passage: _Ints, leave_out: _Bools) -> npt.NDArray[np.float64]:
         """What the distinct words of passages say, each for itself, without those that are left out."""
@@ -625,7 +645,8 @@ class _Search:
             part = passage[low : low + _TOGETHER]
             positions, _, _ = _flat(self.starts[part], self.lengths[part])
             owner = np.repeat(np.arange(len(part)), self.lengths[part])
-            owner, word = np.divmod(np.unique(owner * len(each) + words[positions]), len(each))
+            keys = np.sort(owner * len(each) + words[positions])
+            owner, word = np.divmod(keys[_firsts(keys)], len(each))
             bits[low : low + _TOGETHER] = np.bincount(owner, each[word], len(part))
         return bits
 
@@ -656,9 +677,7 @@ class _Side:
         key = np.repeat(passage, counts[text]) * len(self.names) + flat[index, 0].astype(np.int64)
         order = np.lexsort((flat[index, 1], key))
         key, host = key[order], flat[index[order], 1]
-        new = np.ones(len(key), np.bool_)
-        new[1:] = (key[1:] != key[:-1]) | (host[1:] != host[:-1])
-        keys, rows = np.unique(key[new], return_counts=True)
+        keys, rows = np.unique(key[_firsts(key, host)], return_counts=True)
         most, where = np.zeros(len(search.starts), np.int64), np.zeros(len(search.starts), np.int64)
         order = np.argsort(rows, kind="stable")  # the largest is written last
         passage, number = np.divmod(keys[order], max(1, len(self.names)))
@@ -770,7 +789,7 @@ class _Reasons:
                 self._many |= {
                     each: f"in {most[each]} {what} of {side.names[where[each]]}" for each in np.flatnonzero(most > bound).tolist()
                 }
-        others = np.flatnonzero(hit & ~many)
+        others = np.flatnonzero(hit & ~many & ~search.fields)
         bounds = np.array([EXACT_BITS, SENTENCE_BITS, SENTENCE_BITS])[search.rules]
         self._common, self._rest = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
         cover = self._cover(search, np.flatnonzero(many & (search.lengths >= _SHINGLE)))
