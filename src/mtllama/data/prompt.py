@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mtllama.data.words import word_table
 from mtllama.errors import UserError
 
 DEFAULT_FORMAT = "mtllama"
@@ -129,6 +130,7 @@ class PromptEncoder:
         if format.native and not tokenizer.chat_template:
             raise UserError("format native: the model folder has no chat template; choose another --format")
         self._backend = _own_backend(tokenizer)
+        self._words = word_table(self._backend) if self._backend is not None else None
         with_special, bare = tokenizer("a").input_ids, self._ids("a")
         # BOS as the checkpoint's own tokenizer puts it; an EOS that it appends is not part of a prompt.
         self.bos_ids: list[int] = with_special[: _index(with_special, bare)]
@@ -148,10 +150,13 @@ class PromptEncoder:
         return self._ids_batch([text])[0]
 
     def _ids_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts at once: on all cores, and without the offsets and masks that the tokenizer's own call makes."""
+        """Ids of many texts at once, without the offsets and masks that the tokenizer's own call makes."""
         if self._backend is None:
             return [self._ids(text) for text in texts]
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        found = [None] * len(texts) if self._words is None else [self._words.ids(text) for text in texts]
+        left = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+        encodings = iter(self._backend.encode_batch_fast(left, add_special_tokens=False) if left else ())
+        return [next(encodings).ids if ids is None else ids for ids in found]
 
     def _tail_ids(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of text that stands behind other text, without the blank that SentencePiece would add."""
