@@ -55,6 +55,7 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, t
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that win over the recipe, such as train.lr=1e-5.")
 ]
+Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="Threads; default: one a core.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -417,14 +418,21 @@ def delta_make(
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="The model that was trained from.")],
     target: Annotated[str, typer.Option("--target", metavar="MODEL", help="The trained model.")],
     out: Out,
+    level: Annotated[
+        str, typer.Option("--level", metavar="LEVEL", help="default (smallest), or fast: about half as large again.")
+    ] = "default",
+    workers: Workers = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the exact difference of two checkpoints. Example: mtllama delta make --base smollm2-135m --target tuned --out delta"""
     from mtllama.model.find import find_model
+    from mtllama.weights.codec import LEVELS
     from mtllama.weights.delta import make
 
+    if level not in LEVELS:
+        raise UserError(f"--level is {level!r}; choose one of {', '.join(LEVELS)}")
     before, after = find_model(base), find_model(target)
-    summary = make(before.folder, after.folder, out, overwrite=overwrite, base_name=before.name)
+    summary = make(before.folder, after.folder, out, overwrite=overwrite, base_name=before.name, level=level, workers=workers)
     print(
         f"{out}: {summary.num_tensors} tensors ({summary.num_equal} equal), {summary.num_bytes / 1e6:.1f} MB, "
         f"{summary.bits_per_weight:.2f} bits a weight"
@@ -436,13 +444,14 @@ def delta_apply(
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="The model that the delta was made from.")],
     delta: Annotated[Path, typer.Option("--delta", metavar="DIR", help="Delta folder.")],
     out: Out,
+    workers: Workers = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Restore a checkpoint, bit for bit. Example: mtllama delta apply --base smollm2-135m --delta delta --out restored"""
     from mtllama.model.find import find_model
     from mtllama.weights.delta import apply
 
-    summary = apply(find_model(base).folder, delta, out, overwrite=overwrite)
+    summary = apply(find_model(base).folder, delta, out, overwrite=overwrite, workers=workers)
     print(f"{out}: {summary.num_tensors} tensors restored, {summary.num_bytes / 1e6:.1f} MB, every one as recorded (SHA-256)")
 
 

@@ -1,15 +1,18 @@
 """The lossless difference of two tensors: exact for every bit pattern, small for small changes, loud when damaged."""
 
 import random
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtllama.errors import UserError
-from mtllama.weights import codec
+from mtllama.weights import codec, kernels, rans
 from mtllama.weights.shards import DTYPES, raw_bytes
 
 DTYPE_LIST = list(DTYPES.values())
@@ -51,6 +54,16 @@ def pairs(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 def assert_same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
     assert bytes(raw_bytes(ours)) == bytes(raw_bytes(theirs))
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the compiled loops, and with those of numpy."""
+    if request.param == "numpy":
+        monkeypatch.setattr(kernels, "loops", lambda: None)
+    elif kernels.loops() is None:
+        pytest.skip("numba is not installed")
+    return str(request.param)
 
 
 @settings(max_examples=300, deadline=None)
@@ -190,3 +203,93 @@ def test_only_tensors_of_one_kind_have_a_difference() -> None:
     for other in (torch.zeros(4), torch.zeros(3, dtype=torch.float16)):
         with pytest.raises(AssertionError, match="one kind"):
             codec.encode(torch.zeros(3), other)
+
+
+def changed(dtype: torch.dtype, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and what a little training makes of them; whole numbers likewise."""
+    generator = torch.Generator().manual_seed(seed)
+    if not dtype.is_floating_point:
+        base = torch.randint(0, 100, (size,), generator=generator).to(dtype)
+        return base, base + torch.randint(0, 3, (size,), generator=generator).to(dtype)
+    base = 0.1 * torch.randn(size, generator=generator, dtype=torch.float64)
+    return base.to(dtype), (base + 1e-3 * torch.randn(size, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+FLOATS = [dtype for dtype in DTYPE_LIST if dtype.is_floating_point]
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int64, torch.int8], ids=str)
+@pytest.mark.parametrize("size", [4096, 5000, 70_001])
+def test_many_weights_come_back_by_exponent(dtype: torch.dtype, size: int, loops: str) -> None:
+    base, target = changed(dtype, size)
+    data = codec.encode(base, target)
+    assert data[0] == codec.EXPONENTS
+    assert_same_bits(codec.decode(base, data, "t"), target)
+    assert len(codec.encode(base, target)) == len(data)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_any_patterns_at_all_come_back_by_exponent(dtype: torch.dtype, loops: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    base, target = (torch.randint(0, 256, (6000 * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(dtype) for _ in range(2))
+    data = codec.encode(base, target)
+    assert data[0] == codec.EXPONENTS
+    assert_same_bits(codec.decode(base, data, "t"), target)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn], ids=str)
+def test_the_compiled_loops_and_numpy_write_the_same_bytes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels.loops() is None:
+        pytest.skip("numba is not installed")
+    base, target = changed(dtype, 50_000)
+    ours = codec.encode(base, target)
+    monkeypatch.setattr(kernels, "loops", lambda: None)
+    assert codec.encode(base, target) == ours
+
+
+def test_slices_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch, loops: str) -> None:
+    monkeypatch.setattr(rans, "CHUNK", 5000)
+    base, target = changed(torch.bfloat16, 23_456)
+    with ThreadPoolExecutor(3) as pool:
+        data = codec.encode(base, target, "default", pool)
+        assert data == codec.encode(base, target)
+        assert_same_bits(codec.decode(base, data, "t", pool), target)
+
+
+def test_by_exponent_a_difference_comes_close_to_its_context_entropy() -> None:
+    """bf16 weights of many sizes after a small change; `theirs` is the entropy of the numbers given the base's exponent."""
+    base, target = changed(torch.bfloat16, 400_000)
+    numbers = kernels.difference(codec._bits(base), codec._bits(target), 1 << 15).astype(np.int64)
+    exponents = (codec._bits(base).astype(np.int64) >> 7) & 255
+
+    def bits(keys: np.ndarray) -> float:
+        _, counts = np.unique(keys, return_counts=True)
+        return float((counts * np.log2(len(keys) / counts)).sum())
+
+    theirs = bits(exponents << 16 | numbers) - bits(exponents)
+    ours = 8 * len(codec.encode(base, target))
+    assert 0.95 * theirs < ours < 1.05 * theirs
+    assert ours < 0.85 * 8 * len(codec.encode(base, target, "fast"))
+
+
+def test_a_damaged_coded_tensor_is_refused_or_without_effect(loops: str) -> None:
+    """Any single flipped bit: an error that names the tensor, or (in a bit that nothing depends on) the same tensor."""
+    base, target = changed(torch.bfloat16, 4500)
+    data = codec.encode(base, target)
+    caught = Counter[str]()
+    for place in random.Random(0).sample(range(8 * len(data)), 400):
+        damaged = bytearray(data)
+        damaged[place // 8] ^= 1 << place % 8
+        try:
+            restored = codec.decode(base, bytes(damaged), "layer.7")
+        except UserError as error:
+            assert str(error).startswith("layer.7: the delta")
+            caught["refused"] += 1
+        else:  # the SHA-256 of the tensor tells
+            caught["same" if torch.equal(restored, target) else "other"] += 1
+    assert caught["refused"] > 100 and caught["same"] < 20, caught
+    for length in random.Random(1).sample(range(len(data)), 60):
+        with pytest.raises(UserError, match=r"layer.7: the delta"):
+            codec.decode(base, data[:length], "layer.7")
+    with pytest.raises(UserError, match=r"layer.7: the delta"):
+        codec.decode(base[:4400], data, "layer.7")

@@ -7,8 +7,10 @@ It has no config.json of its own, so nothing can load it as a model by mistake.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from mtllama.weights.shards import (
 )
 
 FORMAT = "mtllama-delta"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DELTA_JSON = "delta.json"
 FILES = "files"
 MAX_SHARD_BYTES = 4_000_000_000
@@ -56,10 +58,19 @@ class Summary:
         return 8 * self.num_bytes / max(1, self.num_weights)
 
 
-def make(base_dir: Path, target_dir: Path, out: Path, *, overwrite: bool = False, base_name: str = "") -> Summary:
+def make(
+    base_dir: Path,
+    target_dir: Path,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    base_name: str = "",
+    level: codec.Level = "default",
+    workers: int | None = None,
+) -> Summary:
     """Write the delta that turns the checkpoint in `base_dir` into that in `target_dir`.
 
-    Tensors are read, compared and written one at a time.
+    Tensors are read, compared and written one at a time; `workers` threads (default: one a core) share the coding of each.
     """
     base, target = CheckpointReader(base_dir), CheckpointReader(target_dir)
     _refuse_inside(out, base_dir, target_dir)
@@ -69,7 +80,7 @@ def make(base_dir: Path, target_dir: Path, out: Path, *, overwrite: bool = False
         parts = folder / "parts"
         parts.mkdir()
         num_equal = 0
-        with progress("delta", len(target)) as advance:
+        with progress("delta", len(target)) as advance, _pool(workers) as pool:
             for number, name in enumerate(target):
                 after = target.tensor(name)
                 entry: dict[str, Any] = {"target": _describe(after)}
@@ -83,7 +94,9 @@ def make(base_dir: Path, target_dir: Path, out: Path, *, overwrite: bool = False
                 num_equal += entry["kind"] == "equal"
                 if entry["kind"] != "equal":
                     data = (
-                        codec.encode(before, after) if entry["kind"] == "difference" and before is not None else codec.encode_whole(after)
+                        codec.encode(before, after, level, pool)
+                        if entry["kind"] == "difference" and before is not None
+                        else codec.encode_whole(after)
                     )
                     (parts / str(number)).write_bytes(data)
                     entry["num_bytes"] = len(data)
@@ -107,26 +120,35 @@ def make(base_dir: Path, target_dir: Path, out: Path, *, overwrite: bool = False
     return Summary(len(target), _num_weights(target), num_bytes, num_equal)
 
 
-def apply(base_dir: Path, delta_dir: Path, out: Path, *, overwrite: bool = False) -> Summary:
-    """Restore the target into `out`: base checked before a byte is written, every restored tensor checked too."""
+def apply(base_dir: Path, delta_dir: Path, out: Path, *, overwrite: bool = False, workers: int | None = None) -> Summary:
+    """Restore the target into `out`: base checked before a byte is written, every restored tensor checked too.
+
+    `workers` threads (default: one a core) share the decoding of each tensor.
+    """
     delta = Delta(base_dir, delta_dir)
     _refuse_inside(out, base_dir, delta_dir)
     folders.require_new(out, overwrite=overwrite)
     delta.check_base()
     delta.check_files()
-    with folders.new_folder(out, overwrite=overwrite) as folder:
+    with folders.new_folder(out, overwrite=overwrite) as folder, _pool(workers) as pool:
         plan = plan_shards(delta.infos, MAX_SHARD_BYTES)
         with progress("restore", len(delta.infos)) as advance:
             for file, group in plan.items():
                 with SafetensorsWriter(folder / file, group) as writer:
                     for name in group:
-                        writer.write(name, delta.restore(name))
+                        writer.write(name, delta.restore(name, pool))
                         advance()
         write_index(folder, plan)
         delta.copy_files(folder)
     num_bytes = sum(info.num_bytes for info in delta.infos.values())
     num_weights = sum(torch.Size(info.shape).numel() for info in delta.infos.values())
     return Summary(len(delta.infos), num_weights, num_bytes, delta.num_equal)
+
+
+def _pool(workers: int | None) -> ThreadPoolExecutor:
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers is {workers}; at least 1 is needed")
+    return ThreadPoolExecutor(workers or os.cpu_count())
 
 
 class Delta:
@@ -166,7 +188,7 @@ class Delta:
         if sha256(tensor) != entry["sha256"]:
             raise UserError(f"{where} the tensor {name} differs in its values; {needed}")
 
-    def restore(self, name: str) -> torch.Tensor:
+    def restore(self, name: str, pool: ThreadPoolExecutor | None = None) -> torch.Tensor:
         """One tensor of the target, checked against its SHA-256."""
         entry, info, where = self.tensors[name], self.infos[name], f"{self.folder}: {name}"
         if entry["kind"] == "equal":
@@ -175,7 +197,7 @@ class Delta:
             assert self.data is not None
             data = bytes(raw_bytes(self.data.tensor(name)))
             if entry["kind"] == "difference":
-                tensor = codec.decode(self.base.tensor(name), data, where)
+                tensor = codec.decode(self.base.tensor(name), data, where, pool)
             else:
                 tensor = codec.decode_whole(data, info.dtype, info.shape, where)
         if TensorInfo(tensor.dtype, tuple(tensor.shape)) != info or sha256(tensor) != entry["target"]["sha256"]:
@@ -186,9 +208,9 @@ class Delta:
         """Every tensor of the target, for loading a model without a second copy on disk."""
         self.check_base()
         self.check_files()
-        with progress("restore", len(self.infos)) as advance:
+        with progress("restore", len(self.infos)) as advance, _pool(None) as pool:
             for name in self.infos:
-                yield name, self.restore(name)
+                yield name, self.restore(name, pool)
                 advance()
 
     def check_files(self) -> None:

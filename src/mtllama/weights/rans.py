@@ -15,41 +15,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtllama.weights import kernels
+from mtllama.weights.kernels import SCALE_BITS
 
-SCALE_BITS = 12
-CHUNK = 1 << 22
+CHUNK = 1 << 18
 """Numbers in a chunk: what is held in memory, and what one thread works at."""
-DIRECT = 16
-"""Numbers below are their own token."""
-_HEADER = struct.Struct("<HI")  # contexts, chunks
 _CHUNK = struct.Struct("<HII")  # lanes, words, bytes of raw bits
 
 
-class Damaged(Exception):
+class Damaged(ValueError):
     """The bytes are not what the encoder wrote."""
 
 
 def num_lanes(size: int) -> int:
     """Lanes of a chunk: a power of two, so few that their last states cost a thousandth."""
     return max(1, 1 << max(0, (size >> 12).bit_length() - 1))
-
-
-def tokens_of(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(token, number of raw bits) of each number. [size] uint8 each"""
-    bits = _bit_length(numbers)
-    large = bits > 4
-    shift = np.where(large, bits - 3, 0).astype(numbers.dtype)
-    token = np.where(large, DIRECT + (bits.astype(np.int64) - 5) * 4 + ((numbers >> shift) & numbers.dtype.type(3)).astype(np.int64), numbers)
-    return token.astype(np.uint8), shift.astype(np.uint8)
-
-
-def _bit_length(numbers: np.ndarray) -> np.ndarray:
-    """Bits of each number. [size] uint8"""
-    if numbers.itemsize <= 4:
-        return np.frexp(numbers.astype(np.float64))[1].astype(np.uint8)  # exact: a double holds 53 bits
-    high = np.frexp((numbers >> np.uint64(32)).astype(np.float64))[1]
-    low = np.frexp((numbers & np.uint64(0xFFFFFFFF)).astype(np.float64))[1]
-    return np.where(high > 0, high + 32, low).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -75,7 +54,8 @@ class Model:
 
     def starts(self) -> np.ndarray:
         """Where the slots of each token begin. [contexts, 256] uint16"""
-        return (np.cumsum(self.frequencies, axis=1, dtype=np.uint32) - self.frequencies).astype(np.uint16)
+        starts: np.ndarray = np.cumsum(self.frequencies, axis=1, dtype=np.uint32) - self.frequencies
+        return starts.astype(np.uint16)
 
     def to_bytes(self) -> bytes:
         """For each context how many tokens occur, which, and their frequencies less one."""
@@ -87,13 +67,16 @@ class Model:
 
     @classmethod
     def from_bytes(cls, data: memoryview, contexts: int) -> tuple["Model", memoryview]:
-        """The inverse of `to_bytes`, and what stands behind."""
+        """The inverse of `to_bytes`, and what stands behind. Raises `Damaged`."""
         frequencies = np.zeros((contexts, 256), np.uint16)
         for row in frequencies:
-            (used,) = struct.unpack_from("<H", data)
-            tokens, values = data[2 : 2 + used], np.frombuffer(data[2 + used : 2 + 3 * used], "<u2")
-            row[np.frombuffer(tokens, np.uint8)] = values + 1
-            if row.sum(dtype=np.int64) != 1 << SCALE_BITS or len(values) != used:
+            try:
+                (used,) = struct.unpack_from("<H", data)
+                tokens, values = np.frombuffer(data[2 : 2 + used], np.uint8), np.frombuffer(data[2 + used : 2 + 3 * used], "<u2")
+                row[tokens] = values + 1
+            except (struct.error, ValueError) as error:
+                raise Damaged("it is cut off") from error
+            if row.sum(dtype=np.int64) != 1 << SCALE_BITS:
                 raise Damaged("its frequencies do not add up")
             data = data[2 + 3 * used :]
         return cls(frequencies), data
@@ -102,8 +85,8 @@ class Model:
 def _quantised(counts: np.ndarray) -> np.ndarray:
     scale, total = 1 << SCALE_BITS, counts.sum()
     if not total:
-        return np.eye(1, 256, dtype=np.int64)[0] * scale
-    found = np.where(counts > 0, np.maximum(1, np.round(counts * (scale / total))), 0).astype(np.int64)
+        return np.array([scale, *[0] * 255])
+    found: np.ndarray = np.where(counts > 0, np.maximum(1, np.round(counts * (scale / total))), 0).astype(np.int64)
     while (excess := int(found.sum()) - scale) != 0:  # taken from, or given to, the most frequent: they notice least
         place = int(np.argmax(found))
         found[place] -= max(1, excess // 2) if excess > 0 else excess
@@ -111,19 +94,27 @@ def _quantised(counts: np.ndarray) -> np.ndarray:
     return found
 
 
-def encode(numbers: np.ndarray, contexts: np.ndarray, num_contexts: int) -> bytes:
-    """Code unsigned numbers [size], each in its context [size] uint8 (below `num_contexts`)."""
-    chunks = [slice(start, min(start + CHUNK, len(numbers))) for start in range(0, len(numbers), CHUNK)]
-    counts = np.zeros((num_contexts, 256), np.int64)
-    for part in chunks:
-        keys = contexts[part].astype(np.int32) << 8 | tokens_of(numbers[part])[0]
-        counts += np.bincount(keys, minlength=num_contexts << 8).reshape(num_contexts, 256)
-    model = Model.of(counts)
-    starts, coded, heads = model.starts(), [], []
-    for part in chunks:
-        lanes = num_lanes(part.stop - part.start)
-        states, words = kernels.encode(*tokens_of(numbers[part])[:1], contexts[part], model.frequencies, starts, lanes)
-        raw = kernels.pack_bits(numbers[part], tokens_of(numbers[part])[1])
-        heads.append(_CHUNK.pack(lanes, len(words), len(raw)))
-        coded += [states.tobytes(), words.tobytes(), raw]
-    return b"".join([_HEADER.pack(num_contexts, len(chunks)), model.to_bytes(), *heads, *coded])
+def encode_chunk(numbers: np.ndarray, contexts: np.ndarray, model: Model) -> bytes:
+    """Code unsigned numbers [size], each in its context [size] uint8."""
+    lanes = num_lanes(len(numbers))
+    tokens, shifts = kernels.tokens_of(numbers)
+    states, words = kernels.encode(tokens, contexts, model.frequencies, model.starts(), lanes)
+    raw = kernels.pack_bits(numbers, shifts)
+    return _CHUNK.pack(lanes, len(words), len(raw)) + states.tobytes() + words.tobytes() + raw
+
+
+def decode_chunk(data: memoryview, contexts: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
+    """The numbers that `encode_chunk` coded into `out` [size]; `table` is `Model.decoder`. Raises `Damaged` for other bytes."""
+    try:
+        lanes, num_words, num_raw = _CHUNK.unpack_from(data)
+    except struct.error as error:
+        raise Damaged("it is cut off") from error
+    if lanes != num_lanes(len(out)) or len(data) != _CHUNK.size + 4 * lanes + 2 * num_words + num_raw:
+        raise Damaged("it is cut off, or of a tensor of another size")
+    states, words, raw = (
+        data[_CHUNK.size : _CHUNK.size + 4 * lanes],
+        data[_CHUNK.size + 4 * lanes : len(data) - num_raw],
+        data[len(data) - num_raw :],
+    )
+    if not kernels.decode(contexts, table, np.frombuffer(states, "<u4"), np.frombuffer(words, "<u2"), bytes(raw), out):
+        raise Damaged("its words do not fit")
