@@ -455,6 +455,19 @@ def delta_apply(
     print(f"{out}: {summary.num_tensors} tensors restored, {summary.num_bytes / 1e6:.1f} MB, every one as recorded (SHA-256)")
 
 
+@delta.command("verify")
+def delta_verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model that should be the target.")],
+    delta: Annotated[Path, typer.Option("--delta", metavar="DIR", help="Delta folder.")],
+) -> None:
+    """Tell whether a model is exactly a delta's target; the base is not needed. Example: mtllama delta verify restored --delta delta"""
+    from mtllama.model.find import find_model
+    from mtllama.weights.delta import verify
+
+    folder = find_model(model).folder
+    print(f"{folder} is the target of {delta}: {verify(folder, delta)} tensors and every other file are as recorded (SHA-256)")
+
+
 @app.command("eval")
 def evaluate(
     out: Out,

@@ -501,3 +501,50 @@ def test_killed_at_any_moment_it_never_leaves_a_part_of_the_output(pico: Path, m
     assert not [each for each in seen if each[2] == "PART"]
     assert set(killed) >= {(False, "absent"), (True, "old"), (True, "whole")}
     assert seen[-1] == (0, True, "whole")
+
+
+def test_the_target_is_verified_and_what_was_restored_too(pico: Path, target: Path, made: Path, tmp_path: Path) -> None:
+    delta.apply(pico, made, tmp_path / "restored")
+    assert delta.verify(target, made) == delta.verify(tmp_path / "restored", made) == len(weights(target))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors[Q].view(torch.int16)[3, 5].bitwise_xor_(1), f"tensor {Q}: its values differ"),
+        (lambda tensors: tensors.update({Q: tensors[Q].float()}), f"tensor {Q}: its dtype is F32, not BF16"),
+        (lambda tensors: tensors.update({Q: tensors[Q][1:].clone()}), f"tensor {Q}: its shape is"),
+        (lambda tensors: tensors.pop(NORM), f"it has no tensor {NORM}"),
+        (lambda tensors: tensors.update(extra=torch.zeros(2)), "it has a tensor extra, which the target does not have"),
+    ],
+)
+def test_what_is_not_the_target_is_named(target: Path, made: Path, tmp_path: Path, change: Any, message: str) -> None:
+    other = with_weights(target, tmp_path / "other", change)
+    with pytest.raises(UserError) as raised:
+        delta.verify(other, made)
+    assert message in str(raised.value) and "is not the target of" in str(raised.value)
+
+
+def test_another_file_of_the_target_is_verified_too(pico: Path, target: Path, made: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(target, tmp_path / "other"))
+    (other / "README.md").write_text("another")
+    with pytest.raises(UserError, match=r"the file README.md is missing or differs"):
+        delta.verify(other, made)
+    with pytest.raises(UserError, match="is not the target of"):
+        delta.verify(pico, made)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("level", ["fast", "default"])
+def test_every_level_and_number_of_threads_restores_the_target(pico: Path, target: Path, tmp_path: Path, level: Any, workers: int) -> None:
+    delta.make(pico, target, tmp_path / "delta", level=level, workers=workers)
+    delta.apply(pico, tmp_path / "delta", tmp_path / "restored", workers=workers)
+    assert_restored(tmp_path / "restored", target)
+
+
+def test_no_threads_at_all_are_refused(pico: Path, target: Path, made: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--workers is 0; at least 1 is needed"):
+        delta.make(pico, target, tmp_path / "delta", workers=0)
+    with pytest.raises(UserError, match="--workers is 0; at least 1 is needed"):
+        delta.apply(pico, made, tmp_path / "restored", workers=0)
+    assert not list(tmp_path.iterdir())

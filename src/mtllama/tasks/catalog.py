@@ -139,7 +139,22 @@ def load_rows(task: Task, data_dir: Path | None, split: str | None = None) -> Ro
     return Rows(task, rows, found, note, origin)
 
 
-class _Chosen(Sequence[Row]):
+class _View(Sequence[Row]):
+    """Rows made of other rows when they are asked for."""
+
+    def row(self, index: int) -> Row:
+        """The row at `index`."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        return [self.row(each) for each in range(*index.indices(len(self)))] if isinstance(index, slice) else self.row(index)
+
+
+class _Chosen(_View):
     """The rows of one sub-set of a file that holds several."""
 
     def __init__(self, rows: Sequence[Row], prefix: dict[str, str]) -> None:
@@ -150,17 +165,11 @@ class _Chosen(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.places)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self.rows[place] for place in self.places[index]]
+    def row(self, index: int) -> Row:
         return self.rows[self.places[index]]
 
 
-class _Derived(Sequence[Row]):
+class _Derived(_View):
     """Rows with further columns, computed from their own."""
 
     def __init__(self, rows: Sequence[Row], derive: dict[str, str]) -> None:
@@ -169,13 +178,7 @@ class _Derived(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def row(self, index: int) -> Row:
         row = self.rows[index]
         if all(column in row for column in self.derive):
             return row

@@ -145,6 +145,32 @@ def apply(base_dir: Path, delta_dir: Path, out: Path, *, overwrite: bool = False
     return Summary(len(delta.infos), num_weights, num_bytes, delta.num_equal)
 
 
+def verify(model_dir: Path, delta_dir: Path) -> int:
+    """Whether the checkpoint in `model_dir` is exactly the delta's target; returns its number of tensors.
+
+    Every tensor's SHA-256 and every other file's is compared; the base is not needed. The first difference is an error.
+    """
+    manifest, model = read_delta(delta_dir), CheckpointReader(model_dir)
+    tensors, where = manifest["tensors"], f"{model_dir} is not the target of {delta_dir}"
+    for name in sorted({*model, *tensors}):
+        if name not in model:
+            raise UserError(f"{where}: it has no tensor {name}")
+        if name not in tensors:
+            raise UserError(f"{where}: it has a tensor {name}, which the target does not have")
+    with progress("verify", len(tensors)) as advance:
+        for name, entry in tensors.items():
+            found, wanted = _describe(model.tensor(name)), entry["target"]
+            for key in ("dtype", "shape", "sha256"):
+                if found[key] != wanted[key]:
+                    what = "its values differ" if key == "sha256" else f"its {key} is {found[key]}, not {wanted[key]}"
+                    raise UserError(f"{where}: tensor {name}: {what}")
+            advance()
+    for name, digest in manifest["files"].items():
+        if not (model_dir / name).is_file() or folders.sha256_file(model_dir / name) != digest:
+            raise UserError(f"{where}: the file {name} is missing or differs (all {len(tensors)} tensors are as they should be)")
+    return len(tensors)
+
+
 def _pool(workers: int | None) -> ThreadPoolExecutor:
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; at least 1 is needed")
