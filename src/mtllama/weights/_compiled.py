@@ -27,19 +27,23 @@ def encode(tokens, contexts, frequencies, starts, states, words):  # type: ignor
 def decode(contexts, table, states, words, out):  # type: ignore[no-untyped-def]
     """Tokens into `out`; returns the number of words read, or -1. Without branches: which lane is short is chance."""
     lanes, place, last = len(states), np.int64(0), np.int64(len(words) - 1)
-    for first in range(0, len(out), lanes):
-        for lane in range(min(lanes, len(out) - first)):
-            i = first + lane
-            state = states[lane]
-            entry = table[contexts[i], state & np.uint32(4095)]
-            state = np.uint32(
-                (((entry >> np.uint32(8)) & np.uint32(4095)) + np.uint32(1)) * (state >> np.uint32(12)) + (entry >> np.uint32(20))
-            )
-            short = state < np.uint32(65536)
-            state = np.uint32((state << np.uint32(16)) | np.uint32(words[min(place, last)])) if short else state
-            place += short
-            states[lane] = state
-            out[i] = np.uint8(entry)
+    whole = len(out) // lanes * lanes
+    begin, end, width = 0, whole, lanes
+    for _ in range(2):  # the whole rows, then the rest: the width of a row does not change within the loops
+        for first in range(begin, end, lanes):
+            for lane in range(width):
+                i = first + lane
+                state = states[lane]
+                entry = table[contexts[i], state & np.uint32(4095)]
+                frequency = ((entry >> np.uint32(8)) & np.uint32(4095)) + np.uint32(1)
+                state = np.uint32(frequency * (state >> np.uint32(12)) + (entry >> np.uint32(20)))
+                short = state < np.uint32(65536)
+                word = np.uint32(words[min(place, last)])
+                state = np.uint32((state << np.uint32(16)) | word) if short else state
+                place += short
+                states[lane] = state
+                out[i] = np.uint8(entry)
+        begin, end, width = whole, len(out), len(out) - whole
     for state in states:
         if state != np.uint32(65536):
             return -1
