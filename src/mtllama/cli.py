@@ -231,7 +231,9 @@ def mix_plan(
     named: Annotated[
         str | None, typer.Option("--mixture", metavar="NAME", help="In place of a recipe: t0-train or train, as published, no data needed.")
     ] = None,
-    rule: Annotated[str, typer.Option("--rule", metavar="RULE", help="With --mixture: t0-code, t0-readme or min-size.")] = "t0-code",
+    rule: Annotated[
+        str | None, typer.Option("--rule", metavar="RULE", help="With --mixture: t0-code (default), t0-readme or min-size.")
+    ] = None,
     num_examples: Annotated[
         int | None, typer.Option("--num-examples", metavar="N", help="Draws; default: the recipe's, or 20,000,000 with --mixture.")
     ] = None,
@@ -245,6 +247,8 @@ def mix_plan(
         raise UserError("give a recipe, or a named mixture, as in: mtllama mix plan --mixture t0-train")
     if num_examples is not None and num_examples < 1:
         raise UserError(f"--num-examples is {num_examples}; at least 1 is needed")
+    if rule is not None and named is None:
+        raise UserError(f"--rule goes with --mixture; a recipe says its own: pass mixture.rule={rule}")
     if by not in ("set", "family", "task"):
         raise UserError(f"--by is {by!r}; choose set, family or task")
     if named is not None:
@@ -253,9 +257,9 @@ def mix_plan(
 
         if named not in GROUPS:
             raise UserError(f"unknown mixture {named!r}; choose one of {', '.join(GROUPS)}")
-        if rule not in ("t0-code", "t0-readme", "min-size"):
+        if rule not in (None, "t0-code", "t0-readme", "min-size"):
             raise UserError(f"unknown rule {rule!r}; choose t0-code, t0-readme or min-size (weights are set in a recipe)")
-        found = plans.published((named,), MixtureConfig(tasks=(named,), rule=rule), num_examples or 20_000_000)  # type: ignore[arg-type]
+        found = plans.published((named,), MixtureConfig(tasks=(named,), rule=rule or "t0-code"), num_examples or 20_000_000)  # type: ignore[arg-type]
     else:
         from mtllama.data.mixture import Mixture
         from mtllama.train.recipe import load_recipe
@@ -366,14 +370,13 @@ def mix_check(
     from dataclasses import replace
 
     from mtllama.data import contamination
-    from mtllama.data.mixture import held_out, load_sets, passages
+    from mtllama.data.mixture import held_out, passages, training_passages
     from mtllama.train.recipe import load_recipe
 
     config = load_recipe(recipe, overrides or ()).mixture
     if eval_dir is not None:
         config = replace(config, eval_dir=eval_dir)
-    training, _ = load_sets(config)
-    found = contamination.check([passages(rows) for rows in training], [passages(rows) for rows in held_out(config)])
+    found = contamination.check(training_passages(config), [passages(rows) for rows in held_out(config)])
     if as_json:
         _print_json(found.to_dict())
         return
@@ -596,13 +599,14 @@ def main() -> None:
     _quiet()
     debug = "--debug" in sys.argv
     try:
-        app(prog_name="mtllama", standalone_mode=False)
+        if app(prog_name="mtllama", standalone_mode=False) == 130:  # the parser's own reading of Ctrl-C
+            raise KeyboardInterrupt
     except UserError as error:
         if debug:
             raise
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; what was finished is kept, and unfinished output was removed")
+        _fail("interrupted; what was finished is kept: the same command goes on or begins anew")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

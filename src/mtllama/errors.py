@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the message alone and exits with status 2; a library caller gets the exception.
     """
+
+
+class MissingDataError(UserError):
+    """A data set is not where it was looked for: who can do without it goes on."""

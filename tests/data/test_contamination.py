@@ -503,3 +503,11 @@ def test_the_known_overlaps_of_the_real_sets_are_found_and_others_are_not(shared
         assert not [each for each in report.overlaps if (each.train_set, each.eval_set) == (train_set, eval_set) and each.eval_items]
     assert not report.rows("qqp") and not report.rows("trec")
     assert not report.items("openbookqa")
+
+
+def test_a_long_field_is_found_however_often_it_was_leaked() -> None:
+    premise = "The candle of the orchids had a velvet basket, and nobody in the harbour knew about the amber lantern or the falcon."
+    rows = [f"Row {number} tells: {premise} And more of {number}." for number in range(3 * contamination.MANY_TEXTS)]
+    report = compare(rows, [premise])
+    assert counts(report)[SENTENCE] == (1, len(rows))
+    assert report.rows("train") == set(range(len(rows)))

@@ -1,10 +1,15 @@
 """An export is a function of the mixture alone: the same bytes for any number of workers, whole or cut off and gone on with."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import datasets
+import psutil
 import pytest
 
 from mtllama.data import export as export_module
@@ -107,3 +112,39 @@ def test_the_native_format_and_no_workers_are_refused(tmp_path: Path, mixture: M
         export(mixture, FORMATS["native"], ExportConfig(5), tmp_path / "out")
     with pytest.raises(UserError, match="--workers is 0"):
         export(mixture, FORMAT, ExportConfig(5), tmp_path / "out", workers=0)
+
+
+def test_an_unfinished_export_of_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mixed(num: int) -> Mixture:
+        (tmp_path / "data" / "samsum").mkdir(parents=True, exist_ok=True)
+        rows = "".join(json.dumps({"dialogue": f"A: {i}", "summary": "s"}) + "\n" for i in range(num))
+        (tmp_path / "data" / "samsum" / "train.jsonl").write_text(rows)
+        return Mixture(MixtureConfig(dir=tmp_path / "data"))
+
+    monkeypatch.setattr(export_module, "_finish", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        export(mixed(5), FORMAT, ExportConfig(10, "jsonl", 5), tmp_path / "out")
+    with pytest.raises(UserError, match="of another kind, or of other data"):
+        export(mixed(6), FORMAT, ExportConfig(10, "jsonl", 5), tmp_path / "out")
+
+
+def test_a_completion_holds_the_end_marker_of_a_format_that_has_one(tmp_path: Path, mixture: Mixture) -> None:
+    out = export(mixture, FORMATS["mt-llama-train"], ExportConfig(3, "jsonl"), tmp_path / "out")
+    rows = [json.loads(line) for line in next((out / "data").iterdir()).read_text().splitlines()]
+    assert len(rows) == 3 and all(row["completion"].endswith("\n") and row["prompt"].endswith("### ASSISTANT:") for row in rows)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_export_leaves_no_worker_and_no_result(tmp_path: Path, number: int) -> None:
+    command = ["mix", "export", "quickstart", "--out", "out", "--num-examples", "400000", "--shard-size", "500", "--workers", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "mtllama", *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(list((tmp_path / "out.partial").glob("*.parquet.json"))) < 2:
+        time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert (process.returncode, "interrupted" in err) == ((2, True) if number == signal.SIGINT else (-9, False))
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    assert not (tmp_path / "out").exists() and "Traceback" not in err

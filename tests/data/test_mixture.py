@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtllama.config import build
-from mtllama.data.mixture import Mixture, MixtureConfig
+from mtllama.data import contamination
+from mtllama.data.mixture import Mixture, MixtureConfig, held_out, passages, training_passages
 from mtllama.data.plan import plan
 from mtllama.errors import UserError
 from mtllama.tasks.catalog import Rows, catalog
@@ -370,3 +371,59 @@ def test_the_order_is_the_same_however_the_draws_are_shared_out(folder: Path) ->
     for ranks in (2, 3, 8):
         shared = [[other.draw(index) for index in range(rank, 240, ranks)] for rank in range(ranks)]
         assert [shared[index % ranks][index // ranks] for index in range(240)] == whole
+
+
+def test_a_row_that_the_prompt_of_its_turn_does_not_ask_is_skipped_and_rates_stay_exact(tmp_path: Path) -> None:
+    write(tmp_path, "rotten_tomatoes", [{"text": f"<{i}>", "label": i % 2 if i else -1} for i in range(8)])
+    mixture = mixed(tmp_path)
+    drawn = [mixture.draw(index) for index in range(32)]
+    names = [prompt.name for prompt in catalog()["rotten_tomatoes"].prompts]
+    assert Counter(draw.template for draw in drawn) == dict.fromkeys(names, 8)
+    assert Counter(draw.row for draw in drawn if draw.example is None) == {0: 4}, "a hidden label is not taken for the last choice"
+
+
+def test_rows_of_a_shared_file_are_called_by_their_number_in_it(tmp_path: Path) -> None:
+    ids = ["dbert-1", "dbidaf-1", "dbert-2", "droberta-1", "dbidaf-2"]
+    answers = {"text": ["here"], "answer_start": [0]}
+    write(tmp_path, "adversarial_qa", [{"id": i, "context": "here", "question": f"<{n}>?", "answers": answers} for n, i in enumerate(ids)])
+    mixture = mixed(tmp_path)
+    assert {(draw.task, draw.row) for draw in (mixture.draw(index) for index in range(200))} == {
+        ("adversarial_qa_dbert", 0),
+        ("adversarial_qa_dbert", 2),
+        ("adversarial_qa_dbidaf", 1),
+        ("adversarial_qa_dbidaf", 4),
+        ("adversarial_qa_droberta", 3),
+    }
+
+
+HELD_OUT_CONFIGS = [
+    "copa_best_option",
+    "sst2_x",
+    "glue_rte_x",
+    "super_glue_cb_x",
+    "winogrande_winogrande_debiased_Replace",
+    "squad_v2_x",
+    "anli_GPT_3_style_r1",
+    "hellaswag_x",
+    "tydiqa_secondary_task_x",
+    "mlqa_x",
+    "xquad_x",
+    "openbookqa_main_x",
+    "story_cloze_2016_x",
+]
+
+
+def test_rendered_rows_of_evaluation_sets_are_left_out_under_all_their_names(tmp_path: Path) -> None:
+    p3_folder(tmp_path)
+    for config in HELD_OUT_CONFIGS:
+        write(tmp_path, config, [{"inputs": "a", "targets": "b"}])
+    assert {part.task for part in mixed(tmp_path, templates="p3").parts} == {"trec", "my_own"}
+
+
+def test_rendered_rows_are_checked_by_their_inputs(tmp_path: Path) -> None:
+    write(tmp_path / "p3", "trec_trec1", [{"inputs": f"Ask: {LEAK if i == 2 else i}", "targets": "t"} for i in range(4)])
+    (tmp_path / "eval" / "sst2").mkdir(parents=True)
+    (tmp_path / "eval" / "sst2" / "validation.jsonl").write_text(json.dumps({"sentence": LEAK, "label": 1}) + "\n", encoding="utf-8")
+    config = MixtureConfig(dir=tmp_path / "p3", templates="p3", eval_dir=tmp_path / "eval")
+    report = contamination.check(training_passages(config), [passages(rows) for rows in held_out(config)])
+    assert report.rows("trec_trec1") == {2} and report.items("sst2") == {0}

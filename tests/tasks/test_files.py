@@ -496,3 +496,21 @@ def test_real_files_are_read_as_a_plain_loop_reads_them(shared_data: Path) -> No
         if rows:
             assert rows[len(rows) // 2] == expected[len(rows) // 2]
     assert total > 100_000
+
+
+@pytest.mark.parametrize("write", [str, json.dumps], ids=["python", "json"])
+def test_lists_and_mappings_in_a_csv_are_read_as_such(tmp_path: Path, write: Any) -> None:
+    rows = [{"choices": ["it's", "a, b"], "answers": {"text": ["x"], "start": [i]}, "text": "[sic] so", "label": i} for i in range(3)]
+    path = tmp_path / "train.csv"
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({key: write(value) if isinstance(value, list | dict) else value for key, value in row.items()} for row in rows)
+    assert list(read_rows(path)) == rows
+
+
+def test_lists_in_a_csv_that_cannot_be_read_are_an_error_that_names_the_column(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("choices\n\"['a' 'b']\"\n\"['c' d]\"\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"train.csv: the column 'choices' looks like lists"):
+        read_rows(path)

@@ -17,7 +17,7 @@ Not every such passage is contamination. What is `boilerplate` is counted apart,
 was chosen by reading what stands on both sides of it in the training sets of T0 and their evaluation sets:
 
 * it is a part of more than `MANY_TEXTS` different fields of one set: an instruction, a licence, the first words of every
-  article on a sea snail;
+  article on a sea snail (but not where it is the whole field of an item, of 13 words or more that say `SENTENCE_BITS`);
 * it is the whole field in more than `MANY_ROWS` rows of one set that have different longest fields: "What does the man
   mean?". Questions about one context, and a context with its questions, count once;
 * it is a common phrase, and not the whole field of an item of 25 characters or more: its distinct words say, each for
@@ -789,6 +789,11 @@ class _Reasons:
                 self._many |= {
                     each: f"in {most[each]} {what} of {side.names[where[each]]}" for each in np.flatnonzero(most > bound).tolist()
                 }
+        # A long field that says enough is leaked, however often it is there.
+        telling = np.flatnonzero(many & search.fields & (search.lengths >= GRAM_WORDS))
+        telling = telling[search.bits(telling, np.zeros(search.held.words.size, np.bool_)) >= SENTENCE_BITS]
+        many[telling] = False
+        self._many = {each: why for each, why in self._many.items() if many[each]}
         others = np.flatnonzero(hit & ~many & ~search.fields)
         bounds = np.array([EXACT_BITS, SENTENCE_BITS, SENTENCE_BITS])[search.rules]
         self._common, self._rest = np.zeros(count, np.bool_), np.zeros(count, np.bool_)

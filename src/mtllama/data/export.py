@@ -2,7 +2,10 @@
 
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -63,9 +66,12 @@ def export(mixture: Mixture, format: Format, settings: ExportConfig, out: Path, 
     if format.native:
         raise UserError("the format native belongs to a checkpoint; export another one, or let the trainer template the messages column")
     folders.require_new(out, overwrite=overwrite)
+    for remark in mixture.remarks():
+        say(f"mixture: {remark}")
     work = out.with_name(out.name + ".partial")
     with folders.explained(work):
-        _claim(work, {"mixture": config.to_dict(mixture.config), "format": format.name, **config.to_dict(settings)}, overwrite=overwrite)
+        kind = {"mixture": config.to_dict(mixture.config), "format": format.name, **config.to_dict(settings), "data": mixture.data()}
+        _claim(work, kind, overwrite=overwrite)
         missing = [(name, indices) for name, indices in settings.shards if not (work / f"{name}.json").is_file()]
         if len(missing) < len(settings.shards):
             say(f"going on: {len(settings.shards) - len(missing)} of {len(settings.shards)} shards are there")
@@ -83,7 +89,9 @@ def export(mixture: Mixture, format: Format, settings: ExportConfig, out: Path, 
 def _claim(work: Path, wanted: dict[str, Any], *, overwrite: bool) -> None:
     if (work / SETTINGS).is_file() and not overwrite:
         if folders.read_json(work / SETTINGS) != json.loads(json.dumps(wanted)):
-            raise UserError(f"{work} holds an unfinished export of another kind; remove it, pass --overwrite, or choose another --out")
+            raise UserError(
+                f"{work} holds an unfinished export of another kind, or of other data; remove it, pass --overwrite, or choose another --out"
+            )
         return
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -97,6 +105,15 @@ _state: tuple[Mixture, Format]
 def _start(mixture: Mixture, format: Format) -> None:
     global _state
     _state = mixture, format
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _die_with(sentinel: int) -> None:
+    """A worker whose parent was killed would else wait for work for ever."""
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _work(*job: Any) -> None:
@@ -120,7 +137,7 @@ def _in_workers(mixture: Mixture, format: Format, jobs: list[tuple[Any, ...]], w
 def _write_shard(mixture: Mixture, format: Format, work: Path, name: str, indices: range, file_format: FileFormat) -> None:
     """Write one shard and, when it is whole, its counts."""
     counts: Counter[str] = Counter()
-    partial = work / f".{name}.partial"
+    partial = work / f".{name}.{os.getpid()}.partial"
     rows = _rows(mixture, format, indices, counts)
     _write_parquet(partial, rows) if file_format == "parquet" else _write_jsonl(partial, rows)
     folders.sync(partial)
@@ -144,7 +161,7 @@ def _rows(mixture: Mixture, format: Format, indices: range, counts: Counter[str]
             "template": draw.template,
             "row": draw.row,
             "prompt": format.prompt_text(inputs),
-            "completion": " " + targets,
+            "completion": f" {targets}{format.end or ''}",
             "messages": [{"role": "user", "content": inputs}, {"role": "assistant", "content": targets}],
         }
 
@@ -204,6 +221,7 @@ def _finish(mixture: Mixture, format: Format, settings: ExportConfig, work: Path
             skipped=settings.num_examples - tasks.total(),
             tasks=dict(sorted(tasks.items())),
             files=shards,
+            remarks=mixture.remarks(),
         )
     shutil.rmtree(work)
     return out
@@ -232,7 +250,7 @@ configs:
 |---|---|
 | `index` | position in the mixture |
 | `task`, `template`, `row` | data set, prompt, number of the row in its file |
-| `prompt`, `completion` | text in the format `{format.name}`: the loss belongs on the completion, and an EOS behind it |
+| `prompt`, `completion` | text in the format `{format.name}`: the loss belongs on the completion{", and an EOS behind it" if format.end is None else ", which holds the end marker"} |
 | `messages` | the same as a chat, for trainers that apply the model's chat template |
 
 ```python

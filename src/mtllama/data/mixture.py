@@ -7,7 +7,7 @@ own over those rows, so that it keeps its rate.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -19,7 +19,7 @@ import numpy as np
 
 from mtllama.data import contamination
 from mtllama.data.order import Interleave, Order
-from mtllama.errors import UserError
+from mtllama.errors import MissingDataError, UserError
 from mtllama.progress import progress
 from mtllama.tasks import p3
 from mtllama.tasks.catalog import GROUPS, Rows, Task, catalog, data_folder, find_tasks, load_rows
@@ -103,7 +103,7 @@ class Draw:
     turn: int
     """How often the stream's rows were covered before."""
     example: Example | None
-    """None where no prompt applies to the row."""
+    """None where the prompt does not apply to the row: such a draw is skipped and counted."""
 
 
 class _Stream:
@@ -151,13 +151,10 @@ class _Turns(_Stream):
         return len(self.places)
 
     def draw(self, turn: int, place: int) -> Draw:
-        row, count = int(self.places[place]), len(self.prompts)
-        for offset in range(count):
-            prompt = self.prompts[(row + turn + offset) % count]
-            example = self.rows.render(row, prompt, seed=self.seed)
-            if example is not None:
-                return Draw(self.task, self.family, prompt.name, row, turn, example)
-        return Draw(self.task, self.family, self.prompts[(row + turn) % count].name, row, turn, None)
+        row = int(self.places[place])
+        prompt = self.prompts[(row + turn) % len(self.prompts)]
+        example = self.rows.render(row, prompt, seed=self.seed)
+        return Draw(self.task, self.family, prompt.name, self.rows.number(row), turn, example)
 
 
 class _Some(_Turns):
@@ -185,6 +182,12 @@ class _Rendered(_Stream):
     @property
     def num_rows(self) -> int:
         return len(self.prompted)
+
+    def inputs(self) -> Iterator[tuple[int, str, str]]:
+        """(row, column, text) of every row."""
+        for row in range(self.num_rows):
+            if (example := self.prompted.example(row)) is not None:
+                yield row, "inputs", example.inputs
 
     def draw(self, turn: int, place: int) -> Draw:
         example = self.prompted.example(place)
@@ -224,6 +227,22 @@ class Mixture:
         self.interleave = Interleave([stream.rate for stream in self.streams])
         self.total_rate = sum((part.rate for part in self.parts), Fraction(0))
         self._mixed = grain.MapDataset.select_from_datasets([grain.MapDataset.source(stream) for stream in self.streams], self.interleave)
+
+    def remarks(self) -> list[str]:
+        """What whoever trains on the mixture should know: what is missing, left out, or held out and trained on all the same."""
+        found = list(self.missing.values())
+        for part in self.parts:
+            task = catalog().get(part.task)
+            if task is not None and task.role != "train":
+                found.append(f"{part.task} is held out for evaluation ({task.role}), and is trained on")
+            if part.dropped:
+                found.append(f"{part.task}: {part.dropped} rows share text with an evaluation set and are left out")
+        return found
+
+    def data(self) -> dict[str, list[int]]:
+        """Rows, and bytes where it is a file, of the source of each set: whether two mixtures read the same data."""
+        sizes = {part.origin: Path(part.origin).stat().st_size if Path(part.origin).is_file() else 0 for part in self.parts}
+        return {part.task: [part.num_rows, sizes[part.origin]] for part in self.parts}
 
     @property
     def num_rows(self) -> int:
@@ -266,7 +285,7 @@ class Mixture:
         size = task.splits.get(config.split, len(rows.rows)) if config.split == "train" else len(rows.rows)
         rate = config.set_rate(task, size, len(prompts))
         columns, fits = rows.rows[0].keys(), []
-        for prompt in prompts:
+        for prompt in _sound(prompts, f"{config.templates}, {task.name}"):
             if absent := sorted(prompt.variables - columns):
                 self.missing[f"{task.name}/{prompt.name}"] = f"{rows.origin}: template {prompt.name!r} needs the column {absent[0]!r}"
             else:
@@ -338,6 +357,16 @@ class Mixture:
             raise UserError(f"{folder}: no P3 rows of any data set that was asked for")
 
 
+def _sound(prompts: Sequence[Template], where: str) -> Sequence[Template]:
+    """The prompts, after looking at the syntax of each; `where` names their source in an error."""
+    try:
+        for prompt in prompts:
+            _ = prompt.conditional, prompt.variables
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return prompts
+
+
 def load_sets(config: MixtureConfig) -> tuple[list[Rows], dict[str, str]]:
     """The rows of every set, and for those that are not there why not.
 
@@ -349,7 +378,7 @@ def load_sets(config: MixtureConfig) -> tuple[list[Rows], dict[str, str]]:
         try:
             loaded.append(load_rows(task, folder, config.split))
         except UserError as error:
-            if task.name in named or "no file for the split" not in str(error):
+            if task.name in named or not isinstance(error, MissingDataError):
                 raise
             if config.tasks is not None:
                 missing[task.name] = str(error)
@@ -376,14 +405,32 @@ def _wanted(config: MixtureConfig) -> list[Task]:
     return tasks
 
 
+def training_passages(config: MixtureConfig) -> list[contamination.Passages]:
+    """The texts that a mixture trains on, as far as they are compared with other sets: of rendered rows, their inputs."""
+    if config.templates != "p3":
+        return [passages(rows) for rows in load_sets(config)[0]]
+    streams = Mixture(config).streams
+    return [contamination.Passages(config_of(stream), stream.inputs()) for stream in streams if isinstance(stream, _Rendered)]
+
+
+def config_of(stream: _Stream) -> str:
+    """The P3 config of a stream of one prompt."""
+    (template,) = stream.templates
+    return p3.config_name(stream.task, template) if template != stream.task else stream.task
+
+
 def _is_held_out(p3_config: str) -> bool:
-    """Whether a P3 config is of an evaluation set."""
-    prefixes = [
-        p3.config_name(*(t.promptsource or t.name).rsplit("/", 1)) if "/" in (t.promptsource or "") else (t.promptsource or t.name)
-        for t in catalog().values()
-        if t.role != "train"
-    ]
-    return any(p3_config.startswith(prefix.replace("-", "_") + "_") for prefix in prefixes)
+    """Whether a P3 config is of an evaluation set, under any of the names that it goes by."""
+    prefixes = set()
+    for task in catalog().values():
+        if task.role != "train":
+            hub_name, config = task.location.hub_id.split("/")[-1], task.location.config
+            names = {task.name, task.promptsource, hub_name, *task.location.local, f"glue_{task.name}", f"super_glue_{task.name}"}
+            prefixes |= {p3.config_name(*name.split("/", 1)) if "/" in name else p3.clean(name) for name in names if name}
+            prefixes.add(p3.config_name(hub_name, config or ""))
+    training = {p3.clean(task.name) for task in catalog().values() if task.role == "train"}
+    known = {prefix for prefix in prefixes - {"glue", "super_glue"} if prefix not in training}
+    return any(p3_config == prefix or p3_config.startswith(prefix.rstrip("_") + "_") for prefix in known)
 
 
 def held_out(config: MixtureConfig) -> list[Rows]:
@@ -397,7 +444,7 @@ def held_out(config: MixtureConfig) -> list[Rows]:
             try:
                 found.append(load_rows(task, folder))
             except UserError as error:
-                if "no file for the split" not in str(error):
+                if not isinstance(error, MissingDataError):
                     raise
     if not found:
         raise UserError(f"no evaluation set in {folder}; set mixture.eval_dir to a folder of them")

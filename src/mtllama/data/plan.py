@@ -6,7 +6,7 @@ from typing import Any
 
 from mtllama.data.mixture import Mixture, MixtureConfig
 from mtllama.data.prompt import PromptEncoder
-from mtllama.tasks.catalog import Task, catalog, find_tasks
+from mtllama.tasks.catalog import Task, find_tasks
 from mtllama.tasks.p3 import config_name
 from mtllama.tasks.template import Example
 
@@ -25,15 +25,10 @@ def plan(mixture: Mixture, draws: int, encoder: PromptEncoder | None = None) -> 
         examples = [draw.example for draw in (stream[i] for i in range(min(SAMPLED, stream.num_rows))) if draw.example]
         one, tokens = stream.rate / len(stream.templates), _mean_tokens(examples, encoder)
         if not examples:
-            idle.append(config_name(stream.task, stream.templates[0]))
+            idle += [config_name(stream.task, template) for template in stream.templates]
         for template in stream.templates:
             rows.append(_row(stream.task, stream.family, template, stream.num_rows, one, tokens))
-    warnings = [*mixture.missing.values(), *(f"{task} asks none of its rows: its draws are skipped" for task in idle)]
-    for part in mixture.parts:
-        if (task := catalog().get(part.task)) is not None and task.role != "train":
-            warnings.append(f"{part.task} is held out for evaluation ({task.role}), and is trained on")
-        if part.dropped:
-            warnings.append(f"{part.task}: {part.dropped} rows share text with an evaluation set and are left out")
+    warnings = [*mixture.remarks(), *(f"{task} asks none of its rows: its draws are skipped" for task in idle)]
     sizes = {part.task: part.num_rows for part in mixture.parts}
     return _whole(rows, sizes, draws, warnings)
 

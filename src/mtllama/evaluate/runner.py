@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtllama import folders
-from mtllama.errors import UserError
+from mtllama.errors import MissingDataError, UserError
 from mtllama.evaluate import protocols, stats
 from mtllama.evaluate.protocols import Item, Record
 from mtllama.model.engine import Engine
@@ -77,7 +77,7 @@ def load_items(config: EvalConfig) -> tuple[list[TaskItems], dict[str, str]]:
         try:
             rows = load_rows(task, folder, config.split)
         except UserError as error:
-            absent = "no file for the split" in str(error) or "the hub" in str(error)
+            absent = isinstance(error, MissingDataError) or "the hub" in str(error)
             if config.tasks or not absent:
                 raise
             missing[task.name] = str(error)

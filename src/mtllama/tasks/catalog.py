@@ -12,13 +12,15 @@ import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mtllama import config
-from mtllama.errors import UserError
+from mtllama.errors import MissingDataError, UserError
 from mtllama.tasks import source
 from mtllama.tasks.files import read_rows
 from mtllama.tasks.source import Location, Row
 from mtllama.tasks.template import Example, Template
 
 Role = Literal["train", "unseen data set", "unseen task"]
+HIDDEN, LABELS = -1, ("label", "coarse_label")
+"""A label that was withheld (in published test splits), and the columns where it may stand: such a row is asked nothing."""
 SAMPLER = "sampler"
 """The name of the embedded data, wherever a data folder is asked for."""
 
@@ -99,10 +101,17 @@ class Rows:
 
     def render(self, index: int, template: Template, *, seed: int = 0) -> Example | None:
         """Render row `index` with `template`; errors name file and row."""
+        row = self.rows[index]
+        if not template.lenient and any(row.get(column) == HIDDEN for column in LABELS):
+            return None
         try:
-            return template.render(self.rows[index], task=self.task.name, row_id=str(index), seed=seed)
+            return template.render(row, task=self.task.name, row_id=str(self.number(index)), seed=seed)
         except UserError as error:
             raise UserError(f"{self.origin}: {error}") from None
+
+    def number(self, index: int) -> int:
+        """The number of a row in its file, which may hold other sub-sets as well."""
+        return self.rows.number(index) if isinstance(self.rows, _View) else index
 
 
 def load_rows(task: Task, data_dir: Path | None, split: str | None = None) -> Rows:
@@ -115,14 +124,14 @@ def load_rows(task: Task, data_dir: Path | None, split: str | None = None) -> Ro
     if data_dir is not None:
         file = source.find_file(task.name, task.location, data_dir, splits)
         if file is None:
-            raise UserError(
+            raise MissingDataError(
                 f"{task.name}: no file for the split {' or '.join(splits)} in {data_dir}, such as {task.name}/{splits[0]}.jsonl"
             )
         rows, found, note, origin = read_rows(file.path), file.split, file.note, str(file.path)
         if len(rows) and task.location.local_prefix and file.shared:
             rows = _Chosen(rows, task.location.local_prefix)
             if not len(rows):
-                raise UserError(f"{task.name}: no file for the split {split}: {origin} has no row of this sub-set")
+                raise MissingDataError(f"{task.name}: no file for the split {file.split}: {origin} has no row of this sub-set")
     else:
         found, note, origin = split or task.split, "", task.location.hub_id
         rows = source.read_hub(task.name, task.location, found)
@@ -141,6 +150,12 @@ def load_rows(task: Task, data_dir: Path | None, split: str | None = None) -> Ro
 
 class _View(Sequence[Row]):
     """Rows made of other rows when they are asked for."""
+
+    rows: Sequence[Row]
+
+    def number(self, index: int) -> int:
+        """The number of the row at `index` in its file."""
+        return self.rows.number(index) if isinstance(self.rows, _View) else index
 
     def row(self, index: int) -> Row:
         """The row at `index`."""
@@ -167,6 +182,9 @@ class _Chosen(_View):
 
     def row(self, index: int) -> Row:
         return self.rows[self.places[index]]
+
+    def number(self, index: int) -> int:
+        return self.places[index]
 
 
 class _Derived(_View):

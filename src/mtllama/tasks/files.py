@@ -5,6 +5,7 @@ costs its offsets (8 bytes a row), and the memory that its pages take belongs to
 unpacked into memory once. Gzip is known by its first bytes, whatever the file is called.
 """
 
+import ast
 import contextlib
 import gzip
 import io
@@ -352,7 +353,7 @@ class _Csv(_Tables):
         content = _content(path)
         try:
             options = pyarrow.csv.ParseOptions(newlines_in_values=True)
-            self._only = pyarrow.csv.read_csv(pyarrow.BufferReader(content), parse_options=options)
+            self._only = _with_lists(pyarrow.csv.read_csv(pyarrow.BufferReader(content), parse_options=options), path)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path} cannot be read ({_one_line(error)}); mend it or fetch it again") from error
         self._bounds = [0, self._only.num_rows]
@@ -362,6 +363,34 @@ class _Csv(_Tables):
 
     def _table(self, number: int) -> Any:
         return self._only
+
+
+def _with_lists(table: Any, path: Path) -> Any:
+    """The table, its columns of lists and mappings read as such: csv has them as text, in JSON or as Python writes them."""
+    import pyarrow
+
+    for number, name in enumerate(table.column_names):
+        values = table.column(number).to_pylist()
+        if not values or not all(isinstance(value, str) and value.lstrip().startswith(("[", "{")) for value in values):
+            continue
+        try:
+            parsed = [_parsed(value) for value in values]
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            if all(value.rstrip().endswith(("]", "}")) for value in values):
+                raise UserError(
+                    f"{path}: the column {name!r} looks like lists or mappings, but is neither JSON nor Python's ({_one_line(error)}); "
+                    "write the rows as JSON lines"
+                ) from error
+            continue  # texts that happen to begin so
+        table = table.set_column(number, name, pyarrow.array(parsed))
+    return table
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text)
 
 
 class _Parquet(_Tables):

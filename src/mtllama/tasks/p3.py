@@ -45,10 +45,11 @@ _NUMBERED = re.compile(r"(?P<number>\d+)\.parquet")
 
 def config_name(prefix: str, template: str) -> str:
     """P3's name of a data set (`dataset` or `dataset_subset`) asked through a template of promptsource."""
-    return _clean(f"{prefix}_{template}")
+    return clean(f"{prefix}_{template}")
 
 
-def _clean(name: str) -> str:
+def clean(name: str) -> str:
+    """A name as P3 writes it."""
     return re.sub(r"[^\w.]+", "_", name)
 
 
@@ -251,7 +252,7 @@ def _group(path: Path, config: str, split: str) -> Iterator[Prompted]:
             groups.setdefault(name, (task, template, []))[2].append(place)
     for name, (task, template, places) in groups.items():
         at = numpy.array(places, numpy.int64)
-        yield Prompted(name, _Rows([str(path)], [rows], at), str(path), _clean(task) if template else name, template or name)
+        yield Prompted(name, _Rows([str(path)], [rows], at), str(path), clean(task) if template else name, template or name)
 
 
 # --- rows

@@ -71,6 +71,9 @@ def _template(entry: Any, where: str, truncate: int | None) -> Template:
     metadata = entry.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise UserError(f"{where}: its metadata is not a !TemplateMetadata mapping")
+    for key in ("metrics", "languages"):
+        if not isinstance(metadata.get(key) or [], list):
+            raise UserError(f"{where}: {key} of its metadata is {metadata[key]!r}; a list is needed")
     return Template(
         name=str(name),
         jinja=str(jinja),

@@ -83,7 +83,7 @@ def _candidates(name: str, location: Location, data_dir: Path) -> Iterator[DataF
             suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
             if suffix is None or not path.is_file():
                 continue
-            stem = path.name.removesuffix(suffix)
+            stem = path.name.removesuffix(suffix).removesuffix("-00000-of-00001")  # as the hub names a file that is alone
             if config and (stem + ".").startswith(config + "."):
                 stem = stem[len(config) + 1 :]
             elif config and (needed or _other_config(stem)):

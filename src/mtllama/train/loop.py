@@ -61,6 +61,8 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> Path:
     folders.require_new(out, overwrite=overwrite)
     work = out.with_name(out.name + ".partial")
     mixture = Mixture(recipe.mixture)
+    for remark in mixture.remarks():
+        say(f"mixture: {remark}")
     torch.manual_seed(train.seed)
     loaded = load_model(find_model(recipe.model, recipe.base, recipe.delta), format=recipe.format, train=True)
     encoder = PromptEncoder(loaded.tokenizer, loaded.format, min(train.max_length, loaded.max_length))
