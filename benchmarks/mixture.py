@@ -94,7 +94,8 @@ def peer(arguments: argparse.Namespace, batched: bool) -> dict[str, Any]:
     jobs = []
     for name, drawn in pairs(arguments).items():
         rows = load_rows(catalog()[name], arguments.data, "train")  # derived columns and sub-sets as ours has them
-        table = datasets.Dataset.from_list([rows.rows[row] for row, _ in drawn])
+        index = {rows.number(place): place for place in range(len(rows.rows))}
+        table = datasets.Dataset.from_list([rows.rows[index[row]] for row, _ in drawn])
         templates = {t.name: t for t in read_templates(arguments.promptsource, catalog()[name].promptsource or "")}
         jobs.append((table, [templates[template] for _, template in drawn]))
 

