@@ -427,3 +427,16 @@ def test_rendered_rows_are_checked_by_their_inputs(tmp_path: Path) -> None:
     config = MixtureConfig(dir=tmp_path / "p3", templates="p3", eval_dir=tmp_path / "eval")
     report = contamination.check(training_passages(config), [passages(rows) for rows in held_out(config)])
     assert report.rows("trec_trec1") == {2} and report.items("sst2") == {0}
+
+
+def test_a_dropped_row_of_a_shared_file_is_called_by_its_number_in_it(tmp_path: Path) -> None:
+    answers = {"text": ["here"], "answer_start": [0]}
+    rows = [{"id": f"{name}-1", "context": f"here {name}", "question": "Where?", "answers": answers} for name in ("dbidaf", "dbert")]
+    write(tmp_path, "adversarial_qa", [*rows, {**rows[1], "id": "dbert-2", "context": LEAK}])
+    (tmp_path / "sst2").mkdir()
+    (tmp_path / "sst2" / "validation.jsonl").write_text(json.dumps({"sentence": LEAK, "label": 1}) + "\n", encoding="utf-8")
+    config = MixtureConfig(dir=tmp_path, tasks=("adversarial_qa_dbert",), decontaminate=True)
+    report = contamination.check(training_passages(config), [passages(each) for each in held_out(config)])
+    assert report.rows("adversarial_qa_dbert") == {2}
+    mixture = Mixture(config)
+    assert {mixture.draw(index).row for index in range(20)} == {1} and mixture.parts[0].dropped == 1

@@ -296,7 +296,7 @@ class Mixture:
             rate = rate * len(prompts) / len(fits)
         places: Places = range(len(rows.rows))
         if dropped:
-            places = np.array([place for place in places if place not in dropped], dtype=np.int64)
+            places = np.array([place for place in places if rows.number(place) not in dropped], dtype=np.int64)
             if not len(places):
                 raise UserError(f"{rows.origin}: every row shares text with an evaluation set; take {task.name} out of mixture.tasks")
         one = rate / len(prompts)
@@ -410,13 +410,16 @@ def training_passages(config: MixtureConfig) -> list[contamination.Passages]:
     if config.templates != "p3":
         return [passages(rows) for rows in load_sets(config)[0]]
     streams = Mixture(config).streams
-    return [contamination.Passages(config_of(stream), stream.inputs()) for stream in streams if isinstance(stream, _Rendered)]
+    return [
+        contamination.Passages(task_name(stream.task, stream.templates[0]), stream.inputs())
+        for stream in streams
+        if isinstance(stream, _Rendered)
+    ]
 
 
-def config_of(stream: _Stream) -> str:
-    """The P3 config of a stream of one prompt."""
-    (template,) = stream.templates
-    return p3.config_name(stream.task, template) if template != stream.task else stream.task
+def task_name(task: str, template: str) -> str:
+    """P3's name of a data set asked through a template; rendered rows of no known prompt are one task, named as their set."""
+    return p3.config_name(task, template) if template != task else task
 
 
 def _is_held_out(p3_config: str) -> bool:
@@ -453,4 +456,5 @@ def held_out(config: MixtureConfig) -> list[Rows]:
 
 def passages(rows: Rows) -> contamination.Passages:
     """The texts of a set that are compared with other sets."""
-    return contamination.Passages(rows.task.name, contamination.passages(rows.rows, rows.task.passages))
+    texts = contamination.passages(rows.rows, rows.task.passages)
+    return contamination.Passages(rows.task.name, ((rows.number(index), column, text) for index, column, text in texts))

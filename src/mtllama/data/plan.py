@@ -4,10 +4,9 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from mtllama.data.mixture import Mixture, MixtureConfig
+from mtllama.data.mixture import Mixture, MixtureConfig, task_name
 from mtllama.data.prompt import PromptEncoder
 from mtllama.tasks.catalog import Task, find_tasks
-from mtllama.tasks.p3 import config_name
 from mtllama.tasks.template import Example
 
 SAMPLED = 32
@@ -25,7 +24,7 @@ def plan(mixture: Mixture, draws: int, encoder: PromptEncoder | None = None) -> 
         examples = [draw.example for draw in (stream[i] for i in range(min(SAMPLED, stream.num_rows))) if draw.example]
         one, tokens = stream.rate / len(stream.templates), _mean_tokens(examples, encoder)
         if not examples:
-            idle += [config_name(stream.task, template) for template in stream.templates]
+            idle += [task_name(stream.task, template) for template in stream.templates]
         for template in stream.templates:
             rows.append(_row(stream.task, stream.family, template, stream.num_rows, one, tokens))
     warnings = [*mixture.remarks(), *(f"{task} asks none of its rows: its draws are skipped" for task in idle)]
@@ -62,7 +61,7 @@ def _mean_tokens(examples: Sequence[Example], encoder: PromptEncoder | None) -> 
 
 def _row(task: str, family: str, template: str, num_rows: int, rate: Fraction, tokens: float | None) -> dict[str, Any]:
     return {
-        "task": config_name(task, template) if template != task else task,
+        "task": task_name(task, template),
         "set": task,
         "template": template,
         "family": family,
