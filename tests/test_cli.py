@@ -124,7 +124,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(
     def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mtllama.weights.delta._join", full)
+    monkeypatch.setattr("mtllama.weights.card.write", full)
     line = fails(capsys, monkeypatch, "delta", "make", "--base", str(pico), "--target", str(pico), "--out", str(tmp_path / "d"))
     assert "no space left on the disk" in line
     assert list(tmp_path.iterdir()) == []
@@ -137,10 +137,10 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
         "tasks": ["list", "show", "render"],
         "mix": ["plan", "show"],
         "train": ["run"],
-        "delta": ["make", "apply"],
+        "delta": ["make", "apply", "info"],
     }
     commands += [[group, name] for group, names in groups.items() for name in names]
-    assert len(commands) == 17
+    assert len(commands) == 18
     for words in commands:
         monkeypatch.setattr(sys, "argv", ["mtllama", *words, "--help"])
         cli.main()

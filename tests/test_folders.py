@@ -4,6 +4,9 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +222,48 @@ def test_a_full_disk_is_one_line_whichever_library_met_it(tmp_path: Path) -> Non
     with pytest.raises(RuntimeError, match="os error 999"), folders.new_folder(tmp_path / "out"):
         raise RuntimeError("something else (os error 999)")
     assert list(tmp_path.iterdir()) == []
+
+
+def dead_process() -> int:
+    """The number of a process that is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def left_by(number: int, out: Path, kind: str) -> Path:
+    """What a process of this machine that was killed would have left beside `out`."""
+    folder = out.with_name(f".{out.name}.{platform.node()}.{number}.{kind}")
+    folder.mkdir()
+    (folder / "file").write_text(kind, encoding="utf-8")
+    return folder
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    left, other = left_by(dead_process(), out, "partial"), left_by(dead_process(), tmp_path / "other", "partial")
+    running, elsewhere = left_by(os.getppid(), out, "partial"), tmp_path / f".out.elsewhere.{dead_process()}.partial"
+    elsewhere.mkdir()
+    with folders.new_folder(out) as folder:
+        (folder / "file").write_text("new", encoding="utf-8")
+    assert not left.exists()
+    assert other.exists() and running.exists() and elsewhere.exists()  # not ours, or not dead as far as we know
+    assert (out / "file").read_text(encoding="utf-8") == "new"
+
+
+def test_a_result_that_a_killed_process_had_moved_aside_goes_back(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    left_by(dead_process(), out, "old")
+    with pytest.raises(UserError, match="not empty"), folders.new_folder(out):
+        pass
+    assert standing(tmp_path) == {"out/file": "old"}
+
+
+def test_a_result_moved_aside_goes_when_the_new_one_stands(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    left_by(dead_process(), out, "old")
+    out.mkdir()
+    (out / "file").write_text("new", encoding="utf-8")
+    with folders.new_folder(out, overwrite=True) as folder:
+        (folder / "file").write_text("newer", encoding="utf-8")
+    assert standing(tmp_path) == {"out/file": "newer"}

@@ -423,13 +423,23 @@ def train_run(recipe: RecipeFile, overrides: Overrides = None, overwrite: Overwr
     print(run(load_recipe(recipe, overrides or ()), overwrite=overwrite))
 
 
+def _choice(option: str, value: str, choices: tuple[Any, ...]) -> Any:
+    if value not in choices:
+        raise UserError(f"{option} is {value!r}; choose one of {', '.join(choices)}")
+    return value
+
+
 @delta.command("make")
 def delta_make(
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="The model that was trained from.")],
     target: Annotated[str, typer.Option("--target", metavar="MODEL", help="The trained model.")],
     out: Out,
+    mode: Annotated[
+        str, typer.Option("--mode", metavar="MODE", help="bits: every bit comes back; add: the plain difference, for FastChat's tools.")
+    ] = "bits",
     level: Annotated[
-        str, typer.Option("--level", metavar="LEVEL", help="default (smallest), or fast: about half as large again.")
+        str,
+        typer.Option("--level", metavar="LEVEL", help="fast: half as large again as default; small: some percent smaller, slower made."),
     ] = "default",
     workers: Workers = None,
     overwrite: Overwrite = False,
@@ -438,31 +448,68 @@ def delta_make(
     from mtllama.model.find import find_model
     from mtllama.weights.codec import LEVELS
     from mtllama.weights.delta import make
+    from mtllama.weights.manifest import MODES
 
-    if level not in LEVELS:
-        raise UserError(f"--level is {level!r}; choose one of {', '.join(LEVELS)}")
     before, after = find_model(base), find_model(target)
-    summary = make(before.folder, after.folder, out, overwrite=overwrite, base_name=before.name, level=level, workers=workers)
+    summary = make(
+        before.folder,
+        after.folder,
+        out,
+        overwrite=overwrite,
+        base_name=before.name,
+        mode=_choice("--mode", mode, MODES),
+        level=_choice("--level", level, LEVELS),
+        workers=workers,
+    )
     print(
         f"{out}: {summary.num_tensors} tensors ({summary.num_equal} equal), {summary.num_bytes / 1e6:.1f} MB, "
         f"{summary.bits_per_weight:.2f} bits a weight"
     )
+    if mode == "add":
+        print(
+            f"{summary.num_inexact:,} of {summary.num_weights:,} weights will not come back exact: the sum is rounded (--mode bits has them all)"
+        )
 
 
 @delta.command("apply")
 def delta_apply(
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="The model that the delta was made from.")],
-    delta: Annotated[Path, typer.Option("--delta", metavar="DIR", help="Delta folder.")],
+    deltas: Annotated[list[str], typer.Option("--delta", metavar="DELTA", help="Delta folder or hub id; several are added up.")],
     out: Out,
+    check: Annotated[
+        str, typer.Option("--check", metavar="HOW", help="full: hash the base before; fast: a sample of it. The result is hashed anyway.")
+    ] = "full",
+    scales: Annotated[
+        list[float] | None, typer.Option("--scale", metavar="A", help="Target = base + A x difference; once, or once for each delta.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="PATTERN", help="Change these tensors alone, such as 'model.layers.1*.mlp.*'.")
+    ] = None,
+    new_rows: Annotated[
+        str,
+        typer.Option("--new-rows", metavar="HOW", help="What rows that the base lacks count as, in published deltas: auto, zero or mean."),
+    ] = "auto",
+    checksum: Annotated[
+        float | None, typer.Option("--checksum", metavar="SUM", help="What all weights must add up to (50637.1836 for Alpaca-7B).")
+    ] = None,
     workers: Workers = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Restore a checkpoint, bit for bit. Example: mtllama delta apply --base smollm2-135m --delta delta --out restored"""
-    from mtllama.model.find import find_model
-    from mtllama.weights.delta import apply
+    """Restore a checkpoint, bit for bit. Example: mtllama delta apply --base smollm2-135m --delta delta --out restored
 
-    summary = apply(find_model(base).folder, delta, out, overwrite=overwrite, workers=workers)
-    print(f"{out}: {summary.num_tensors} tensors restored, {summary.num_bytes / 1e6:.1f} MB, every one as recorded (SHA-256)")
+    DELTA may also be one as FastChat, Vicuna, MT-LLaMA or Stanford Alpaca publish theirs. Hub ids (owner/name, or
+    owner/name@revision) are fetched shard by shard, and each is deleted when it is done with.
+    """
+    from mtllama.model.find import find_model
+    from mtllama.weights import remote, restore
+
+    how, rows = _choice("--check", check, restore.CHECKS), _choice("--new-rows", new_rows, restore.NEW_ROWS)
+    with remote.Fetcher(out, overwrite=overwrite) as fetcher:
+        folder = fetcher.base(base) or find_model(base).folder
+        sources = [fetcher.delta(each) or Path(each) for each in deltas]
+        target = restore.open_target(folder, sources, scales=scales or (), only=only, new_rows=rows, reader=fetcher.reader)
+        summary = restore.apply(target, out, folder, *sources, overwrite=overwrite, check=how, checksum=checksum, workers=workers)
+    print(f"{out}: {summary.num_tensors} tensors restored, {summary.num_bytes / 1e6:.1f} MB, {target.promise}")
 
 
 @delta.command("verify")
@@ -476,6 +523,28 @@ def delta_verify(
 
     folder = find_model(model).folder
     print(f"{folder} is the target of {delta}: {verify(folder, delta)} tensors and every other file are as recorded (SHA-256)")
+
+
+@delta.command("info")
+def delta_info(
+    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="Delta folder.")],
+    figure: Annotated[
+        Path | None, typer.Option("--figure", metavar="FILE.png", help="Draw it, too; a file of that name is replaced.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a delta changed, by layer and kind of matrix: norms, equal bits, size. Example: mtllama delta info delta --figure delta.png"""
+    from mtllama.weights.info import read, write_figure
+
+    found = read(delta)
+    if figure is not None:
+        write_figure(found, figure)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    print(found.text())
+    if figure is not None:
+        print(f"\n{figure}")
 
 
 @app.command("eval")
@@ -592,6 +661,7 @@ def _quiet() -> None:
     """The libraries' own bars and notices would garble ours; errors of theirs still come through."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import logging
     import warnings

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -35,8 +36,9 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     After an error or an interrupt nothing of it is left, and what stood at `path` before stands there still.
     """
     path = path.resolve()  # "." has no name, and a link is followed, not replaced
+    _tidy(path)
     require_new(path, overwrite=overwrite)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = beside(path, "partial")
     with explained(path):
         try:
             partial.mkdir(parents=True)
@@ -50,9 +52,27 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise
 
 
+def beside(path: Path, kind: str) -> Path:
+    """A hidden name beside `path` that tells which process made it, so that what a killed one left can be told."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.{kind}")
+
+
+def _tidy(path: Path) -> None:
+    """Remove what processes of this machine that are no more left beside `path`; a result that one had moved aside goes back."""
+    for kind in ("old", "partial"):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(platform.node())}.*.{kind}"):
+            number = left.name.split(".")[-2]
+            if not number.isdigit() or os.path.exists(f"/proc/{number}") or not os.path.isdir("/proc/self"):
+                continue
+            if kind == "old" and not path.exists():
+                left.rename(path)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
 def replace_folder(source: Path, path: Path) -> None:
     """Rename `source` to `path`; a folder standing there is moved aside first and removed last."""
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = beside(path, "old")
     if path.exists():
         path.rename(old)
     try:
@@ -66,7 +86,7 @@ def replace_folder(source: Path, path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a folder of ours; it is renamed first, so that it is never seen half gone."""
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = beside(path, "old")
     path.rename(old)
     shutil.rmtree(old)
 
@@ -105,7 +125,7 @@ def sync(file: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file atomically: beside, synced, renamed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = beside(path, "partial")
     with open(partial, "w", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()

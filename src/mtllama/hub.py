@@ -1,11 +1,18 @@
 """Whether the Hugging Face hub can be asked at all: found out at once, before any client begins to retry."""
 
 import os
+import re
 import socket
 from urllib.parse import urlsplit
 
 TIMEOUT = 3.0
 """Seconds to wait for a connection."""
+
+
+def parse(text: str) -> tuple[str, str | None] | None:
+    """`owner/name` or `owner/name@revision` as the hub's id and the revision; None for any other text."""
+    found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", text)
+    return (found[1], found[2]) if found else None
 
 
 def offline() -> bool:

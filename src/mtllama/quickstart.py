@@ -22,6 +22,7 @@ from mtllama.serve.chat import EXAMPLES, Chat
 from mtllama.train import loop
 from mtllama.train.recipe import Recipe, load_recipe
 from mtllama.weights import delta
+from mtllama.weights.restore import apply, open_target
 
 RECIPE = "quickstart"
 """Name of the shipped recipe."""
@@ -107,11 +108,14 @@ def _plan(out: Path, recipe: Recipe, base: str) -> list[Step]:
     def base_folder() -> Path:
         return find_model(base).folder
 
+    def restore() -> None:
+        apply(open_target(base_folder(), [delta_dir]), restored, base_folder(), delta_dir)
+
     return [
         Step("evaluate the base model", out / "eval-base", lambda: evaluate(out / "eval-base", base)),
         Step(f"train it on the sampler, {recipe.train.examples} examples", tuned, lambda: loop.run(recipe)),
         Step("make the delta", delta_dir, lambda: delta.make(base_folder(), tuned, delta_dir, base_name=find_model(base).name)),
-        Step("restore the tuned model from base and delta", restored, lambda: delta.apply(base_folder(), delta_dir, restored)),
+        Step("restore the tuned model from base and delta", restored, restore),
         Step("evaluate the restored model", out / "eval-tuned", lambda: evaluate(out / "eval-tuned", str(restored))),
         Step("write the report", out / "report", lambda: report.write_report([out / "eval-base", out / "eval-tuned"], out / "report")),
         Step("ask it the sample dialogues", out / "chat.txt", show_chat),

@@ -17,7 +17,8 @@ from mtllama.errors import UserError
 from mtllama.model import convert, find, load
 from mtllama.model.find import ModelFolder, find_model
 from mtllama.model.load import load_model, pick_dtype
-from mtllama.weights import delta
+from mtllama.weights import delta, restore
+from mtllama.weights.manifest import FILES
 from mtllama.weights.shards import SINGLE
 
 
@@ -121,7 +122,6 @@ def test_a_hub_id_offline_fails_at_once_without_a_connection(hub_id: str, tmp_pa
         ((None, None, "DELTA"), "either MODEL, or both"),
         (("DELTA", None, None), "is a delta, not a model: pass --base B --delta"),
         ((None, "DELTA", "DELTA"), "is a delta, not a model"),
-        ((None, "MODEL", "MODEL"), "is a model, not a delta"),
         ((None, "MODEL", "EMPTY"), r"has no delta\.json"),
         (("FILE", None, None), "is a file; a model folder is needed"),
         (("EMPTY", None, None), r"has no config\.json; is it a model folder\?"),
@@ -161,7 +161,7 @@ def parameters(model: Any) -> dict[str, torch.Tensor]:
 def test_base_and_delta_in_memory_equal_the_restored_folder(
     pico: Path, tuned: Path, difference: Path, tmp_path: Path, dtype: find.Dtype
 ) -> None:
-    delta.apply(pico, difference, tmp_path / "restored")
+    restore.apply(restore.open_target(pico, [difference]), tmp_path / "restored", pico, difference)
     before = sorted(path for path in pico.parent.rglob("*"))
     ours = load_model(find_model(None, str(pico), str(difference)), dtype=dtype)
     theirs = load_model(find_model(str(tmp_path / "restored")), dtype=dtype)
@@ -210,8 +210,8 @@ def test_a_model_to_train_has_fp32_weights_and_is_in_training(pico: Path) -> Non
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda base, made: (made / delta.FILES / "tokenizer.json").write_text("{}", encoding="utf-8"),
-        lambda base, made: (made / delta.FILES / "config.json").unlink(),
+        lambda base, made: (made / FILES / "tokenizer.json").write_text("{}", encoding="utf-8"),
+        lambda base, made: (made / FILES / "config.json").unlink(),
         lambda base, made: safetensors.torch.save_file(
             {name: tensor + 1 for name, tensor in safetensors.torch.load_file(base / SINGLE).items()}, base / SINGLE
         ),
@@ -230,6 +230,13 @@ def test_damage_to_base_or_delta_is_found_while_loading(
     with pytest.raises(UserError, match=r"missing or damaged|wrong base|is damaged") as error:
         load_model(find_model(None, str(base), str(made)))
     one_line(error)
+
+
+def test_a_model_in_place_of_a_delta_is_refused_while_loading(pico: Path, tuned: Path) -> None:
+    for model in (pico, tuned):
+        with pytest.raises(UserError, match=f"^{model} is a model, not a delta") as error:
+            load_model(find_model(None, str(pico), str(model)))
+        one_line(error)
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_not_filled_with_random_weights(pico: Path, tmp_path: Path) -> None:

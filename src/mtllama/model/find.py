@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -34,9 +33,9 @@ class ModelFolder:
         """Where its config and tokenizer are."""
         if self.delta is None:
             return self.folder
-        from mtllama.weights.delta import FILES
+        from mtllama.weights.restore import files_folder
 
-        return self.delta / FILES
+        return files_folder(self.delta)
 
     def own_format(self) -> str | None:
         """The prompt format that the folder was trained with, if it says so."""
@@ -56,19 +55,18 @@ def find_model(model: str | None, base: str | None = None, delta: str | None = N
     if base or delta:
         if model or not (base and delta):
             raise UserError("give either MODEL, or both --base and --delta")
-        from mtllama.weights.delta import FILES, read_delta
+        from mtllama.weights.restore import files_folder
 
         found, folder = find_model(base), Path(delta).expanduser()
-        manifest = read_delta(folder)
-        own = folders.read_manifest(folder / FILES) or {}
-        return ModelFolder(found.folder, own.get("name") or f"{manifest['base_name']} + {folder.name}", folder)
+        own = folders.read_manifest(files_folder(folder)) or {}
+        return ModelFolder(found.folder, own.get("name") or f"{found.name} + {folder.name}", folder)
     if not model:
         raise UserError("a model is needed: a name (smollm2-135m), a folder, a hub id, or --base B --delta D")
     if model in NAMED:
         return ModelFolder(named_folder(model), NAMED[model])
     path = Path(model).expanduser()
     if path.is_dir():
-        from mtllama.weights.delta import DELTA_JSON
+        from mtllama.weights.manifest import DELTA_JSON
         from mtllama.weights.shards import CheckpointReader
 
         if (path / DELTA_JSON).is_file():
@@ -80,7 +78,7 @@ def find_model(model: str | None, base: str | None = None, delta: str | None = N
         return ModelFolder(path, manifest.get("name") or path.resolve().name)
     if path.is_file():
         raise UserError(f"{path} is a file; a model folder is needed")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if hub.parse(model):
         return ModelFolder(_hub_folder(model), model)
     raise UserError(f"no model {model!r}: neither a folder nor a known name ({', '.join(NAMED)}) nor a hub id (owner/name)")
 
@@ -121,17 +119,19 @@ def fetch(name: str) -> Path:
     return named_folder(name)
 
 
-def _hub_folder(hub_id: str) -> Path:
+def _hub_folder(model: str) -> Path:
     """The local copy of a hub model, fetched if the hub can be asked, else out of its cache."""
     import huggingface_hub
 
+    hub_id, revision = hub.parse(model) or (model, None)
     reason = hub.unreachable()
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICEN*"]
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns, local_files_only=reason is not None))
+        options = {"revision": revision, "allow_patterns": patterns, "local_files_only": reason is not None}
+        return Path(huggingface_hub.snapshot_download(hub_id, **options))
     except Exception as error:  # the client raises many kinds; each means the same to the user
         why = f"{reason}, and it is not in the local cache" if reason else " ".join(str(error).split())[:160]
-        raise UserError(f"no folder {hub_id!r}, and the hub model of that id cannot be fetched ({why})") from error
+        raise UserError(f"no folder {model!r}, and the hub model of that id cannot be fetched ({why})") from error
 
 
 def load_tokenizer(files: Path) -> Any:

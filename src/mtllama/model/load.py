@@ -12,7 +12,7 @@ from mtllama import folders
 from mtllama.data.prompt import DEFAULT_FORMAT, Format, find_format
 from mtllama.errors import UserError
 from mtllama.model.find import Dtype, ModelFolder, load_tokenizer
-from mtllama.weights.delta import Delta
+from mtllama.weights.restore import open_target
 
 
 def pick_device() -> torch.device:
@@ -87,7 +87,7 @@ def load_model(source: ModelFolder, *, dtype: Dtype = "auto", format: str | None
     options = {"dtype": chosen, "attn_implementation": SEGMENTS if train else "sdpa", "output_loading_info": True}
     try:
         if source.delta:
-            state = dict(Delta(source.folder, source.delta).restore_all())
+            state = dict(open_target(source.folder, [source.delta]).tensors())
             config = AutoConfig.from_pretrained(source.files)
             # The auto class insists on a path; the class that it would choose does not.
             model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=state, **options)

@@ -19,6 +19,8 @@ from mtllama.weights.kernels import SCALE_BITS
 
 CHUNK = 1 << 18
 """Numbers in a chunk: what is held in memory, and what one thread works at."""
+BITS_PER_FREQUENCY = 24
+"""What a token costs in the frequencies of a context."""
 _CHUNK = struct.Struct("<HII")  # lanes, words, bytes of raw bits
 
 
