@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import add_noise, assert_restored, with_weights
 
 from mtllama import cli
 from mtllama.weights import delta
 from mtllama.weights.shards import CheckpointReader
-from checkpoints import add_noise, assert_restored, with_weights
 
 pytestmark = pytest.mark.soak
 NUM_FLIPS, NUM_KILLS = 1000, 50
@@ -79,7 +79,9 @@ def flip(file: Path, place: int, bit: int) -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize("what", ["make", "apply"])
-def test_killed_at_random_moments_it_leaves_nothing_and_the_next_run_is_right(smollm2: Path, large: Path, tmp_path: Path, what: str) -> None:
+def test_killed_at_random_moments_it_leaves_nothing_and_the_next_run_is_right(
+    smollm2: Path, large: Path, tmp_path: Path, what: str
+) -> None:
     made, out = tmp_path / "made", tmp_path / "out"
     delta.make(smollm2, large, made)
     source = ["--target", str(large)] if what == "make" else ["--delta", str(made)]

@@ -707,3 +707,21 @@ def test_killed_at_any_moment_it_never_leaves_a_part_of_the_output(pico: Path, m
     assert not [each for each in seen if each[2] == "PART"]
     assert set(killed) >= {(False, "absent"), (True, "old"), (True, "whole")}
     assert seen[-1] == (0, True, "whole")
+
+
+def test_a_damaged_delta_is_noticed_where_it_is_scaled_too(pico: Path, made: Path, tmp_path: Path) -> None:
+    """Nothing is known of the result, but the delta's own target is."""
+    source = shutil.copytree(made, tmp_path / "damaged")
+    shard, noticed = source / SINGLE, 0
+    content = shard.read_bytes()
+    begin, draw = 8 + int.from_bytes(content[:8], "little"), random.Random(0)
+    for _ in range(12):
+        place = draw.randrange(begin, len(content))
+        shard.write_bytes(content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1 :])
+        for options in ({"scales": [0.5]}, {"scales": [0.5], "check": "fast"}):
+            target = restore.open_target(pico, [source], scales=options["scales"])
+            with pytest.raises(UserError):
+                restore.apply(target, tmp_path / "out", pico, source, check=options.get("check", "full"))
+            assert nothing_left(tmp_path / "out")
+            noticed += 1
+    assert noticed == 24

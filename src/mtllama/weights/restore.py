@@ -83,13 +83,20 @@ class Target(ABC):
 
     def slices(self, pool: ThreadPoolExecutor) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
         """Every tensor's slices, in order, checked against its SHA-256 while later ones come: all are right when the last was taken."""
+        for names, files in self._batches():
+            _hold(files)
+            self.arrived(names, pool)
+            yield from self.slices_of(names, pool)
+
+    def slices_of(self, names: Sequence[str], pool: ThreadPoolExecutor) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
+        """The same for tensors whose files are there."""
 
         def right(name: str, digest: Any) -> None:
             if digest.hexdigest() != self.sha256(name):
                 what = f"{name}: the restored tensor is not the target (SHA-256 differs); base or delta is damaged or another"
                 raise self.suspect(name) or UserError(what)
 
-        def of(name: str, restored: Iterator[np.ndarray], hashing: pipeline.Aside) -> Iterator[np.ndarray]:
+        def of(name: str) -> Iterator[np.ndarray]:
             digest = hashlib.sha256() if self.sha256(name) else None
             for _ in codec.slices(self.infos[name].size):
                 piece = next(restored)
@@ -99,20 +106,14 @@ class Target(ABC):
             if digest:
                 hashing.call(right, name, digest)
 
+        calls = (
+            functools.partial(read, part) for name in names for read in [self.open(name)] for part in codec.slices(self.infos[name].size)
+        )
+        restored = pipeline.in_order(pool, calls)
         with pipeline.Aside() as hashing:
-            for names, files in self._batches():
-                _hold(files)
-                self.arrived(names, pool)
-                calls = (
-                    functools.partial(read, part)
-                    for name in names
-                    for read in [self.open(name)]
-                    for part in codec.slices(self.infos[name].size)
-                )
-                restored = pipeline.in_order(pool, calls)
-                for name in names:
-                    yield name, of(name, restored, hashing)
-                hashing.finish()
+            for name in names:
+                yield name, of(name)
+            hashing.finish()
 
     def _batches(self) -> Iterator[tuple[list[str], dict[CheckpointReader, set[Path]]]]:
         """The tensors in their order, and the fetched files that must be there for them; all at once, where none is to be fetched.
@@ -396,9 +397,12 @@ class Combined(Target):
             target.check(how, pool)
 
     def arrived(self, names: Sequence[str], pool: ThreadPoolExecutor) -> None:
-        """Each delta's own check."""
+        """Each delta's own check. Nothing is known of the result, so each target is restored once before, for its SHA-256 alone."""
         for target in self._targets:
             target.arrived(names, pool)
+            for _, pieces in target.slices_of([name for name in names if self._changes(name) and target.sha256(name)], pool):
+                for _ in pieces:
+                    pass
 
     def reads(self, name: str) -> list[tuple[CheckpointReader, str]]:
         """The base's tensor, and of those that change what each delta adds."""
