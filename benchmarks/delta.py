@@ -631,7 +631,7 @@ def check_release(out: Path) -> dict[str, int]:
         if name not in found or found[name][1].shape != shape:
             wrong += int(np.prod(shape))
             continue
-        patterns, old = found[name][1].reshape(-1), 32000 * 4096 if shape[0] == 32001 else int(np.prod(shape))
+        patterns, old = found[name][1].reshape(-1), 32000 * shape[1] if shape[0] == 32001 else int(np.prod(shape))
         wrong += int(np.count_nonzero(patterns[:old] != whole[:old]))
         wrong += int(np.count_nonzero(patterns[old:] != new[old : patterns.size]))
     return {"weights_differing": wrong, "tensors_more": len(found.keys() - shapes.keys())}

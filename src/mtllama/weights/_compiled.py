@@ -52,29 +52,42 @@ def decode(contexts, table, states, words, out):  # type: ignore[no-untyped-def]
 
 @_COMPILE
 def unpack(tokens, raw, out):  # type: ignore[no-untyped-def]
-    """Numbers of tokens and raw bits into `out`; returns the number of bits read, or -1."""
-    taken, have, held = 0, np.uint64(0), np.uint64(0)
+    """Numbers of tokens and raw bits into `out`; returns the number of bits read, or -1.
+
+    At least 32 bits are held, so that one step is enough for all but 8-byte numbers; without branches that are chance.
+    """
+    heads, shifts = np.zeros(256, np.uint64), np.zeros(256, np.uint64)
+    for token in range(256):
+        if token < 16:
+            heads[token] = token
+        else:
+            shifts[token] = ((token - 16) >> 2) + 2
+            heads[token] = np.uint64(4 | ((token - 16) & 3)) << shifts[token]
+    taken, have, held, words = 0, np.uint64(0), np.uint64(0), len(raw)
     for i in range(len(out)):
-        token = np.uint64(tokens[i])
-        if token < np.uint64(16):
-            out[i] = token
-            continue
-        shift = ((token - np.uint64(16)) >> np.uint64(2)) + np.uint64(2)
-        value, left, done = np.uint64(0), shift, np.uint64(0)
-        while left > np.uint64(0):
-            if have < np.uint64(32):
-                if taken >= len(raw):
-                    return -1
+        if have < np.uint64(32) and taken < words:
+            held |= np.uint64(raw[taken]) << have
+            have += np.uint64(32)
+            taken += 1
+        shift = shifts[tokens[i]]
+        step = min(shift, np.uint64(32))
+        if have < step:
+            return -1
+        value = held & ((np.uint64(1) << step) - np.uint64(1))
+        held >>= step
+        have -= step
+        if shift > step:  # numbers of 8 bytes
+            if have < np.uint64(32) and taken < words:
                 held |= np.uint64(raw[taken]) << have
                 have += np.uint64(32)
                 taken += 1
-            step = min(left, np.uint64(32))
-            value |= (held & ((np.uint64(1) << step) - np.uint64(1))) << done
-            held >>= step
-            have -= step
-            left -= step
-            done += step
-        out[i] = ((np.uint64(4) | ((token - np.uint64(16)) & np.uint64(3))) << shift) | value
+            rest = shift - step
+            if have < rest:
+                return -1
+            value |= (held & ((np.uint64(1) << rest) - np.uint64(1))) << step
+            held >>= rest
+            have -= rest
+        out[i] = heads[tokens[i]] | value
     return taken * 32 - np.int64(have)
 
 
