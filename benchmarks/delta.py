@@ -539,7 +539,7 @@ def apply(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
     results: dict[str, dict[str, Any]] = {}
-    for number in range(REPEATS):
+    for number in range(arguments.runs):
         for name, (argv, reads, writes) in jobs.items():
             shutil.rmtree(writes, ignore_errors=True)
             if results.get(name, {}).get("failed") or not all(path.is_dir() for path in reads):
@@ -710,6 +710,7 @@ def main() -> None:
     parser.add_argument("--target", metavar="MODEL", help="a fine-tune of the base, for part size")
     parser.add_argument("--peers", type=Path, default=cache / "peers", metavar="DIR", help="the peers' environments (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=cache / "work", metavar="DIR", help="inputs and outputs (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=REPEATS, metavar="N", help="runs of each command of part apply (default: %(default)s)")
     arguments = parser.parse_args()
     chosen = arguments.part or list(parts)
     if "size" in chosen and not arguments.target:
