@@ -416,11 +416,18 @@ def mix_export(
 
 @train.command("run")
 def train_run(recipe: RecipeFile, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
-    """Train by a recipe; cut off, the same command goes on. Example: mtllama train run quickstart train.lr=5e-5"""
+    """Train by a recipe; cut off, the same command goes on. Example: mtllama train run quickstart train.lr=5e-5
+
+    On several GPUs or machines: torchrun --nproc-per-node 8 -m mtllama train run RECIPE
+    """
     from mtllama.train.loop import run
+    from mtllama.train.parallel import joined
     from mtllama.train.recipe import load_recipe
 
-    print(run(load_recipe(recipe, overrides or ()), overwrite=overwrite))
+    with joined() as ranks:
+        out = run(load_recipe(recipe, overrides or ()), overwrite=overwrite, ranks=ranks)
+        if ranks.first:
+            print(out)
 
 
 def _choice(option: str, value: str, choices: tuple[Any, ...]) -> Any:

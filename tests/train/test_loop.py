@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mtllama import config as configs
 from mtllama import folders
@@ -18,9 +19,11 @@ from mtllama.data.batching import pack
 from mtllama.data.mixture import Mixture, MixtureConfig
 from mtllama.data.prompt import FORMATS, PromptEncoder
 from mtllama.errors import UserError
+from mtllama.model import attention
 from mtllama.model.find import find_model
 from mtllama.model.load import LoadedModel, load_model
-from mtllama.train import loop, state
+from mtllama.train import loop
+from mtllama.train.parallel import Ranks
 from mtllama.train.recipe import Recipe, TrainConfig, load_recipe
 from mtllama.weights.shards import CheckpointReader
 
@@ -98,7 +101,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_split(loaded: LoadedModel, to
 
     def gradients(budget: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         loaded.model.zero_grad()
-        losses = loop._backward(loaded.model, examples, torch.float32, budget)
+        losses = loop._backward(loop.Objective(loaded.model, torch.float32), examples, budget, Ranks())
         return losses, [p.grad.clone() for p in loaded.model.parameters()]
 
     ours, theirs = gradients(tokens_per_pass), gradients(400)
@@ -188,35 +191,53 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(pico: Path, tmp_path: Pat
     assert not work.exists()
 
 
-def test_a_torn_checkpoint_is_passed_over_with_a_word(pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = load_model(find_model(str(pico)), train=True).model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    sum(p.sum() for p in model.parameters()).backward()
-    optimizer.step()
-    for step in (1, 2):
-        state.save(tmp_path, step, model, optimizer, {"examples": step}, keep=3)
-    newest = tmp_path / "step-0000002" / state.TENSORS
-    newest.write_bytes(newest.read_bytes()[:-1000])
-    assert state.restore(tmp_path, model, optimizer) == (1, {"examples": 1})
-    assert "step-0000002" in capsys.readouterr().err
-
-
-def test_only_the_last_checkpoints_are_kept(pico: Path, tmp_path: Path) -> None:
-    model = load_model(find_model(str(pico)), train=True).model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(1, 6):
-        state.save(tmp_path, step, model, optimizer, {}, keep=2)
-    assert [folder.name for folder in sorted(tmp_path.iterdir())] == ["step-0000004", "step-0000005"]
-
-
 def test_an_unfinished_run_of_another_recipe_is_refused(pico: Path, tmp_path: Path) -> None:
     loop._claim(tmp_path / "m.partial", recipe(pico, tmp_path / "m"), overwrite=False)
     with pytest.raises(UserError, match="another recipe"):
         loop.run(recipe(pico, tmp_path / "m", lr=1e-5))
 
 
+def test_how_a_run_is_computed_may_change_while_it_is_not_done(pico: Path, tmp_path: Path, trained: Path) -> None:
+    """More memory or less, another checkpoint interval: the result is the same."""
+    begun = recipe(pico, tmp_path / "m", save_every=9)
+    loop._claim(tmp_path / "m.partial", begun, overwrite=False)
+    for change in ({"activation_checkpointing": True}, {"tokens_per_pass": 300}, {"keep": 1}):
+        loop._claim(tmp_path / "m.partial", recipe(pico, tmp_path / "m", **change), overwrite=False)
+    out = loop.run(recipe(pico, tmp_path / "m", activation_checkpointing=True, tokens_per_pass=300))
+    assert [line["loss"] for line in metrics(out)] == pytest.approx([line["loss"] for line in metrics(trained)], rel=1e-4)
+    manifest = folders.read_manifest(out) or {}
+    assert manifest["recipe"]["train"]["activation_checkpointing"] and manifest["recipe"]["train"]["tokens_per_pass"] == 300
+
+
+def test_activation_checkpointing_computes_layers_anew(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, attend = [], attention.segment_attention
+    monkeypatch.setattr(loop, "_finish", lambda *rest: tmp_path)
+    for switch in (False, True):
+        calls.append(0)
+
+        def counted(*args: object, **options: object) -> object:
+            calls[-1] += 1
+            return attend(*args, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, attention.SEGMENTS, counted)
+        loop.run(recipe(pico, tmp_path / str(switch), examples=8, activation_checkpointing=switch))
+    assert calls[0] > 0 and calls[1] == 2 * calls[0]
+    with pytest.raises(ValueError, match="do not go together"):
+        TrainConfig(examples=1, activation_checkpointing=True, compile=True)
+
+
+@pytest.mark.soak
+def test_compiled_layers_have_the_losses_of_plain_ones_and_are_compiled_once(pico: Path, tmp_path: Path, trained: Path) -> None:
+    torch._dynamo.reset()
+    out = loop.run(recipe(pico, tmp_path / "m", compile=True))
+    assert [line["loss"] for line in metrics(out)] == pytest.approx([line["loss"] for line in metrics(trained)], rel=1e-3)
+    frames = torch._dynamo.utils.counters["frames"]
+    assert 0 < frames["ok"] == frames["total"] < 12  # not anew for every number of segments
+    assert "attn" not in (out / "config.json").read_text(encoding="utf-8")
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run_before_the_step(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_backward", lambda model, examples, *rest: torch.full((len(examples),), float("nan")))
+    monkeypatch.setattr(loop, "_backward", lambda objective, examples, *rest: torch.full((len(examples),), float("nan")))
     with pytest.raises(UserError, match="step 0: loss nan"):
         loop.run(recipe(pico, tmp_path / "m"))
     assert not (tmp_path / "m").exists()

@@ -1,5 +1,6 @@
 """Attention that keeps to its segment, for rows in which several examples stand one behind the other."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,6 +9,10 @@ from transformers import AttentionInterface
 
 SEGMENTS = "mtllama_segments"
 """Name under which transformers finds it: `attn_implementation=SEGMENTS`, then `model(..., segments=[12, 40])`."""
+ROWS = 256
+"""Queries that are handled at a time: half of a long segment's square lies above the diagonal, and is left out by blocks."""
+LONGEST = 2048
+"""Segments up to which the probabilities are kept for the backward pass; longer ones would take too much memory."""
 
 
 def segment_attention(
@@ -23,11 +28,74 @@ def segment_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each of `segments` (lengths that add up to seq); masks are not looked at."""
+    if query.device.type == "cpu" and not dropout and max(segments) <= LONGEST:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        dtype = value.dtype  # under autocast, rotated queries and keys are float32 beside values in bfloat16
+        with torch.autocast("cpu", enabled=False):
+            out: torch.Tensor = _Segments.apply(query.to(dtype), key.to(dtype), value, segments, scale)  # type: ignore[no-untyped-call]
+        return out, None
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     parts = zip(*(torch.split_with_sizes(each, segments, dim=2) for each in (query, key, value)), strict=True)
     outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout) for q, k, v in parts]
     return torch.cat(outputs, dim=2).transpose(1, 2), None  # [1, seq, heads, dim]
+
+
+class _Segments(torch.autograd.Function):
+    """The same by plain matrix products: on CPUs several times as fast as torch's own attention, whose backward pass above all is slow.
+
+    The heads that share a key stand one behind the other, so that keys and values are not repeated.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: list[int], scale: float) -> torch.Tensor:
+        _, heads, seq, dim = query.shape
+        out = query.new_empty(seq, heads, dim)
+        kept = []
+        for start, first, last in _blocks(segments):
+            q, k, v = _rows(query, key, first, last), key[0, :, start:last], value[0, :, start:last]
+            above = torch.full((last - first, last - start), -torch.inf, dtype=q.dtype).triu_(first - start + 1)
+            scores = torch.baddbmm(above.repeat(heads // len(k), 1), q, k.transpose(1, 2), alpha=scale)  # [kv_heads, groups * rows, keys]
+            probabilities = torch.softmax(scores, dim=-1)
+            out[first:last] = _seq_first(torch.bmm(probabilities, v), last - first)
+            kept.append(probabilities)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.segments, ctx.scale = segments, scale
+        return out[None]  # [1, seq, heads, dim]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        query, key, value, *kept = ctx.saved_tensors
+        grad = grads[0].transpose(1, 2)  # [1, heads, seq, dim]
+        d_query, d_key, d_value = query.new_empty(*query.shape[1:]), torch.zeros_like(key[0]), torch.zeros_like(value[0])
+        for (start, first, last), probabilities in zip(_blocks(ctx.segments), kept, strict=True):
+            q, d_out = _rows(query, key, first, last), _rows(grad, key, first, last)
+            k, v = key[0, :, start:last], value[0, :, start:last]
+            d_value[:, start:last] += torch.bmm(probabilities.transpose(1, 2), d_out)
+            d_probabilities = torch.bmm(d_out, v.transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype).mul_(ctx.scale)
+            d_key[:, start:last] += torch.bmm(d_scores.transpose(1, 2), q)
+            d_query[:, first:last] = torch.bmm(d_scores, k).view(-1, last - first, query.shape[-1])
+        return d_query[None], d_key[None], d_value[None], None, None
+
+
+def _blocks(segments: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Where each segment begins, and its blocks of rows in turn: start, first, last."""
+    start = 0
+    for length in segments:
+        for first in range(start, start + length, ROWS):
+            yield start, first, min(first + ROWS, start + length)
+        start += length
+
+
+def _rows(query: torch.Tensor, key: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Rows of all heads that share a key, one head behind the other. [kv_heads, groups * rows, dim]"""
+    return query[0, :, first:last].reshape(key.shape[1], -1, query.shape[-1])
+
+
+def _seq_first(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The inverse: [rows, heads, dim]."""
+    return rows.view(-1, count, rows.shape[-1]).transpose(0, 1)
 
 
 AttentionInterface.register(SEGMENTS, segment_attention)

@@ -17,6 +17,8 @@ from mtllama.model import convert
 Dtype = Literal["auto", "float32", "bfloat16"]
 NAMED = {convert.NAME: convert.DESCRIPTION}
 """Models known by a short name, and what tables call them."""
+ADAPTER = "adapter_config.json"
+"""What tells a folder of a LoRA adapter, as peft saves it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def find_model(model: str | None, base: str | None = None, delta: str | None = N
 
         if (path / DELTA_JSON).is_file():
             raise UserError(f"{path} is a delta, not a model: pass --base B --delta {path}")
+        if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
+            return _merged(path)
         if not (path / "config.json").is_file():
             raise UserError(f"{path} has no config.json; is it a model folder?")
         CheckpointReader(path)
@@ -81,6 +85,22 @@ def find_model(model: str | None, base: str | None = None, delta: str | None = N
     if hub.parse(model):
         return ModelFolder(_hub_folder(model), model)
     raise UserError(f"no model {model!r}: neither a folder nor a known name ({', '.join(NAMED)}) nor a hub id (owner/name)")
+
+
+def _merged(folder: Path) -> ModelFolder:
+    """The model that an adapter and its base make, written into the cache at the first call."""
+    from mtllama.model import adapter
+
+    found = adapter.read(folder)
+    told = (folders.read_manifest(folder) or {}).get("recipe") or {}
+    name = found.base or told.get("model")
+    if told.get("model") and not Path(str(name)).is_dir():  # it was trained elsewhere; by its name the base may be found here too
+        name = told["model"]
+    if not name:
+        raise UserError(f"{folder / ADAPTER} names no base; set base_model_name_or_path")
+    base = find_model(name)
+    out = adapter.merged(base.folder, found, home() / "merged", f"{base.name} + {folder.name}")
+    return ModelFolder(out, (folders.read_manifest(out) or {})["name"])
 
 
 def named_path(name: str) -> Path:

@@ -1,6 +1,8 @@
 """A model that was found -> a model and its tokenizer in memory."""
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from mtllama.data.prompt import DEFAULT_FORMAT, Format, find_format
 from mtllama.errors import UserError
 from mtllama.model.find import Dtype, ModelFolder, load_tokenizer
 from mtllama.weights.restore import open_target
+from mtllama.weights.shards import CheckpointReader
 
 
 def pick_device() -> torch.device:
@@ -47,7 +50,7 @@ class LoadedModel:
     format: Format
     dtype: torch.dtype
     max_length: int
-    """Positions that the model was trained for."""
+    """Positions that the model was trained for; to train, no more than its sliding window, since segments are not windowed."""
 
     def describe(self) -> dict[str, Any]:
         """Facts for manifests and tables."""
@@ -73,32 +76,48 @@ def weights_digest(source: ModelFolder) -> str:
     return digest.hexdigest()
 
 
-def load_model(source: ModelFolder, *, dtype: Dtype = "auto", format: str | None = None, train: bool = False) -> LoadedModel:
-    """Load a model for inference, or (`train`) with fp32 weights and segment attention for training.
+def load_model(
+    source: ModelFolder,
+    *,
+    dtype: Dtype = "auto",
+    format: str | None = None,
+    train: bool = False,
+    weights: torch.dtype = torch.float32,
+    empty: bool = False,
+) -> LoadedModel:
+    """Load a model for inference in `dtype`, or (`train`) with its weights as `weights` and segment attention for training.
 
-    With a delta the target is restored in memory while loading; nothing is written to disk.
+    With a delta the target is restored in memory while loading; nothing is written to disk. `empty` (to train): the
+    parameters take no memory and have no values until `fill` gives them some.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     from mtllama.model.attention import SEGMENTS
 
     device = pick_device()
-    chosen = torch.float32 if train else pick_dtype(dtype, device)
-    options = {"dtype": chosen, "attn_implementation": SEGMENTS if train else "sdpa", "output_loading_info": True}
-    try:
-        if source.delta:
-            state = dict(open_target(source.folder, [source.delta]).tensors())
+    chosen = weights if train else pick_dtype(dtype, device)
+    options = {"dtype": chosen, "attn_implementation": SEGMENTS if train else "sdpa"}
+    missing: list[str] = []
+    with _explained(source):
+        if empty:
+            config = AutoConfig.from_pretrained(source.files)
+            with torch.device("meta"):
+                model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, **options)
+            for module in model.modules():  # what is computed, not stored: the rotary frequencies
+                if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+                    model._init_weights(module.to_empty(device="cpu", recurse=False))
+        elif source.delta:
+            state = _restored(source)
             config = AutoConfig.from_pretrained(source.files)
             # The auto class insists on a path; the class that it would choose does not.
-            model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=state, **options)
+            model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                None, config=config, state_dict=state, output_loading_info=True, **options
+            )
+            missing = sorted(info["missing_keys"])
         else:
-            model, info = AutoModelForCausalLM.from_pretrained(source.folder, local_files_only=True, **options)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(f"{source.folder} cannot be loaded as a model ({' '.join(str(error).split())[:200]})") from error
-    if missing := sorted(info["missing_keys"]):  # transformers would go on with random weights
-        raise UserError(f"{source.folder} lacks {len(missing)} tensors that its config.json asks for, such as {missing[0]}; fetch it again")
+            model, info = AutoModelForCausalLM.from_pretrained(source.folder, local_files_only=True, output_loading_info=True, **options)
+            missing = sorted(info["missing_keys"])
+    _require(source, missing)
     tokenizer = load_tokenizer(source.files)
     largest = max(tokenizer.get_vocab().values(), default=0)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -106,4 +125,53 @@ def load_model(source: ModelFolder, *, dtype: Dtype = "auto", format: str | None
         raise UserError(f"{source.files}: token id {largest} lies outside the embedding of {rows} rows; the tokenizer is another model's")
     name = format or source.own_format() or DEFAULT_FORMAT
     length = int(getattr(model.config, "max_position_embeddings", 2048))
-    return LoadedModel(source, model.to(device).train(train), tokenizer, find_format(name), chosen, length)
+    if train:
+        length = min(length, getattr(model.config, "sliding_window", None) or length)
+    return LoadedModel(source, (model if empty else model.to(device)).train(train), tokenizer, find_format(name), chosen, length)
+
+
+def fill(loaded: LoadedModel) -> Callable[[str, torch.nn.Module], None]:
+    """A function that gives the empty parameters of a part (and its name in the model, with a dot behind it) their values, on the CPU.
+
+    A folder is read tensor by tensor; the target of a delta is restored whole.
+    """
+    with _explained(loaded.source):
+        stored = _restored(loaded.source) if loaded.source.delta else CheckpointReader(loaded.source.folder)
+        read = stored.__getitem__ if isinstance(stored, dict) else stored.tensor
+    _require(loaded.source, sorted(name for name, _ in loaded.model.named_parameters() if name not in stored))
+
+    def fill_part(prefix: str, part: torch.nn.Module) -> None:
+        for name, parameter in list(part.named_parameters()):
+            if parameter.is_meta:
+                with _explained(loaded.source):
+                    value = read((prefix + name).replace(".base_layer.", ".")).to(loaded.dtype)  # an adapter stands around it
+                if value.shape != parameter.shape:
+                    shapes = f"{tuple(value.shape)}, not {tuple(parameter.shape)}"
+                    raise UserError(f"{loaded.source.folder}: {prefix}{name} is {shapes} as its config.json has it; fetch it again")
+                owner, _, last = name.rpartition(".")
+                setattr(part.get_submodule(owner), last, torch.nn.Parameter(value, parameter.requires_grad))
+        if not prefix:
+            loaded.model.tie_weights()
+
+    return fill_part
+
+
+@contextlib.contextmanager
+def _explained(source: ModelFolder) -> Iterator[None]:
+    """What the libraries say of a folder that they cannot read, as one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+        raise UserError(f"{source.folder} cannot be loaded as a model ({' '.join(str(error).split())[:200]})") from error
+
+
+def _restored(source: ModelFolder) -> dict[str, torch.Tensor]:
+    assert source.delta is not None
+    return dict(open_target(source.folder, [source.delta]).tensors())
+
+
+def _require(source: ModelFolder, missing: list[str]) -> None:
+    if missing:  # transformers would go on with random weights
+        raise UserError(f"{source.folder} lacks {len(missing)} tensors that its config.json asks for, such as {missing[0]}; fetch it again")

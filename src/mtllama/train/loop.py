@@ -2,17 +2,18 @@
 
 The loss of a step is the mean over all target tokens of its effective batch, however it is split into passes. The
 head is multiplied with target rows only. Weights, gradients and moments are float32; matrix products run in the
-compute dtype under autocast.
+compute dtype under autocast. Every rank takes its share of each step's examples, and holds its rows of everything (train/parallel.py).
 """
 
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,20 +22,26 @@ import torch
 import torch.nn.functional as F
 
 from mtllama import config as configs
-from mtllama import folders
+from mtllama import folders, hub
 from mtllama.data.batching import Batch, pack
 from mtllama.data.mixture import Mixture
 from mtllama.data.prompt import Encoded, PromptEncoder
 from mtllama.errors import UserError
-from mtllama.model.convert import save_checkpoint
-from mtllama.model.find import find_model
-from mtllama.model.load import LoadedModel, load_model, pick_dtype
+from mtllama.model import adapter
+from mtllama.model.convert import save_settings, save_tokenizer
+from mtllama.model.find import ModelFolder, find_model
+from mtllama.model.load import LoadedModel, fill, load_model, pick_dtype
 from mtllama.progress import progress, say
-from mtllama.train import state
+from mtllama.train import lora, state
+from mtllama.train.parallel import Ranks, whole
 from mtllama.train.recipe import RECIPE, Recipe, TrainConfig
-from mtllama.weights.shards import CheckpointReader
+from mtllama.weights.shards import CheckpointReader, CheckpointWriter, TensorInfo, raw_bytes
 
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
+COMPILED = "mtllama_segments_compiled"
+"""Segment attention within compiled layers: it is given the batch, since they would be compiled anew for every length of a list."""
+HOW = ("activation_checkpointing", "compile", "tokens_per_pass", "save_every", "keep")
+"""Keys of `train` that say how a run is computed and kept, not what comes out: they may change while it is not done; so may `parallel`."""
 
 
 @dataclass
@@ -52,43 +59,130 @@ class Totals:
     seconds: float = 0.0
 
 
-def run(recipe: Recipe, *, overwrite: bool = False) -> Path:
+@dataclass
+class Share:
+    """What one rank did in one step."""
+
+    totals: Totals = field(default_factory=Totals)
+    families: dict[str, list[float]] = field(default_factory=dict)
+    """Sum of the losses of a family's target tokens, and their number."""
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: bool = False
+
+
+class Objective(torch.nn.Module):
+    """The losses of a batch as a module: its call is what weights are gathered for and freed behind, where they are sharded."""
+
+    def __init__(self, model: Any, compute: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.compute = model, compute
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """As `target_losses`, with matrix products in the compute dtype."""
+        with torch.autocast(next(self.parameters()).device.type, dtype=torch.bfloat16, enabled=self.compute == torch.bfloat16):
+            return target_losses(self.model, batch)
+
+
+def run(recipe: Recipe, *, overwrite: bool = False, ranks: Ranks | None = None) -> Path:
     """Train by `recipe`; returns the folder of the result.
 
-    The unfinished run lives in `<out>.partial`; the same recipe started again goes on from its last checkpoint.
+    The unfinished run lives in `<out>.partial`; the same recipe started again goes on from its last checkpoint, on any number
+    of ranks. Every rank calls this (`parallel.joined`); none: this process alone.
     """
     out, train = recipe.out, recipe.train
-    folders.require_new(out, overwrite=overwrite)
+    ranks = (ranks or Ranks()).by(recipe.parallel)
+    ranks.once(lambda: folders.require_new(out, overwrite=overwrite))
     work = out.with_name(out.name + ".partial")
     mixture = Mixture(recipe.mixture)
     for remark in mixture.remarks():
         say(f"mixture: {remark}")
-    torch.manual_seed(train.seed)
-    loaded = load_model(find_model(recipe.model, recipe.base, recipe.delta), format=recipe.format, train=True)
+    loaded, objective = _load(recipe, ranks)
     encoder = PromptEncoder(loaded.tokenizer, loaded.format, min(train.max_length, loaded.max_length))
     with folders.explained(work):
-        _claim(work, recipe, overwrite=overwrite)
-        optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True)
-        start, kept = state.restore(work / "checkpoints", loaded.model, optimizer)
+        ranks.once(lambda: _claim(work, recipe, overwrite=overwrite))
+        trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=train.lr, weight_decay=train.weight_decay, fused=True)
+        start, kept = state.restore(work / "checkpoints", loaded.model, optimizer, ranks)
         totals = Totals(**kept)
         if start:
             say(f"going on from step {start} of {train.num_steps}")
-        _rewind(work / METRICS, start)
-        _rewind(work / SKIPPED, start)
-        _steps(recipe, loaded, optimizer, mixture, encoder, work, start, totals)
-        return _finish(recipe, loaded, encoder, work, totals)
+        if ranks.first:
+            _rewind(work / METRICS, start)
+            _rewind(work / SKIPPED, start)
+        _steps(recipe, objective, optimizer, mixture, encoder, work, start, totals, ranks)
+        return _finish(recipe, loaded, encoder, work, totals, ranks)
+
+
+def _load(recipe: Recipe, ranks: Ranks) -> tuple[LoadedModel, Objective]:
+    """The model, ready to train: whole, or (sharded) filled and divided part by part, so that no rank ever holds all of it."""
+
+    def find() -> ModelFolder:
+        return find_model(recipe.model, recipe.base, recipe.delta)
+
+    source = ranks.once(find)  # one rank fetches or converts what has to be
+    if not ranks.first:
+        source = find()
+    train, compute = recipe.train, pick_dtype(recipe.train.dtype, ranks.device)
+    if recipe.lora and not recipe.lora.merge and source.delta:
+        raise UserError("lora.merge=false needs a base in a folder; restore it first (mtllama delta apply), and give it as model")
+    weights = compute if recipe.lora else torch.float32  # what is trained is float32 always
+    loaded = load_model(source, format=recipe.format, train=True, weights=weights, empty=ranks.sharded)
+    model = loaded.model
+    if loaded.max_length < train.max_length:
+        say(f"train.max_length is {train.max_length}, but the model reads {loaded.max_length} tokens; longer prompts lose their middle")
+    objective, fill_part = Objective(model, compute), fill(loaded) if ranks.sharded else None
+    if recipe.lora:
+        lora.add(model, recipe.lora)
+    if train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    inner = set(model.get_decoder().layers)
+    layers = [(f"{name}.", layer) for name, layer in model.named_modules() if layer in inner]
+    if train.compile:
+        _compile(model, [layer for _, layer in layers], ranks.device)
+    for prefix, part in [*(layers if fill_part else ()), ("", model)]:
+        if recipe.lora:
+            lora.start(prefix, part, train.seed)
+        if fill_part:
+            fill_part(prefix, part)
+            # Embedding and head are gathered as they are: what is looked up and added up over a step would suffer from rounding.
+            ranks.shard(part if prefix else objective, compute if prefix else None)
+    return loaded, objective
+
+
+def _compile(model: Any, layers: list[torch.nn.Module], device: torch.device) -> None:
+    """Compile the layers but for their attention: once for all lengths, in place of once for every number of segments."""
+    from transformers import AttentionInterface
+
+    from mtllama.model.attention import segment_attention
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def attend(*args: Any, segments: Batch, **kwargs: Any) -> Any:
+        return segment_attention(*args, segments=segments.segments, **kwargs)
+
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise UserError("train.compile needs a C++ compiler on a CPU, and there is none; install g++, or set train.compile=false")
+    AttentionInterface.register(COMPILED, attend)
+    model.config._attn_implementation = COMPILED
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def _claim(work: Path, recipe: Recipe, *, overwrite: bool) -> None:
     """Make the working folder, or check that the one there is of the same recipe."""
     wanted = json.loads(json.dumps(configs.to_dict(recipe)))
     if (work / RECIPE).is_file() and not overwrite:
-        if folders.read_json(work / RECIPE) != wanted:
+        if _what(folders.read_json(work / RECIPE)) != _what(wanted):
             raise UserError(f"{work} holds an unfinished run of another recipe; remove it, pass --overwrite, or choose another out")
-        return
-    shutil.rmtree(work, ignore_errors=True)
-    (work / "checkpoints").mkdir(parents=True)
+    else:
+        shutil.rmtree(work, ignore_errors=True)
+        (work / "checkpoints").mkdir(parents=True)
     folders.write_json(work / RECIPE, wanted)
+
+
+def _what(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The part of a recipe that decides what comes out."""
+    train = {key: value for key, value in recipe.get("train", {}).items() if key not in HOW}
+    return {**recipe, "train": train, "parallel": None}
 
 
 def _rewind(file: Path, step: int) -> None:
@@ -104,25 +198,31 @@ def _rewind(file: Path, step: int) -> None:
 
 def _steps(
     recipe: Recipe,
-    loaded: LoadedModel,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     mixture: Mixture,
     encoder: PromptEncoder,
     work: Path,
     start: int,
     totals: Totals,
+    ranks: Ranks,
 ) -> None:
-    train, model = recipe.train, loaded.model
-    compute = pick_dtype(train.dtype, next(model.parameters()).device)
+    train = recipe.train
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     with progress("train", train.num_steps, done=start) as advance, _interrupts() as interrupted:
         for step in range(start, train.num_steps):
             began = time.monotonic()
-            before = Totals(**vars(totals))
-            examples, families, skipped = _draw(train, mixture, encoder, step, totals)
-            losses = _backward(model, examples, compute, train.tokens_per_pass)  # [num_examples] sums
-            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm))
-            num_targets = sum(example.num_target for example in examples)
-            loss = float(losses.sum()) / max(1, num_targets)
+            torch.manual_seed((train.seed << 40 | step << 16 | ranks.rank) % 2**63)  # dropout is a function of the step, too
+            share = Share()
+            examples, families = _draw(train, mixture, encoder, step, share, ranks)
+            losses = _backward(objective, examples, train.tokens_per_pass, ranks)  # [num_examples] sums
+            ranks.sum_gradients(trained)
+            norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)))
+            share.families = _by_family(families, examples, losses)
+            share.interrupted = interrupted()
+            shares = ranks.gather(share)
+            sums = _by_family_of_all(shares)
+            loss = sum(total for total, _ in sums.values()) / max(1, sum(count for _, count in sums.values()))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise UserError(
                     f"step {step}: loss {loss}, gradient norm {norm}; lower train.lr (now {train.lr:g}) or set train.dtype=float32"
@@ -131,8 +231,12 @@ def _steps(
                 group["lr"] = learning_rate(train, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
-            totals.seconds += time.monotonic() - began
-            speed = (totals.tokens - before.tokens) / (totals.seconds - before.seconds)
+            seconds = time.monotonic() - began
+            for each in shares:
+                for name, count in vars(each.totals).items():
+                    setattr(totals, name, getattr(totals, name) + count)
+            totals.seconds += seconds
+            speed = sum(each.totals.tokens for each in shares) / seconds
             line = {
                 "step": step + 1,
                 "loss": loss,
@@ -141,30 +245,33 @@ def _steps(
                 "tokens": totals.tokens,
                 "targets": totals.targets,
                 "tokens_per_second": round(speed, 1),
-                "families": _by_family(families, examples, losses),
+                "families": {family: {"loss": total / count, "targets": count} for family, (total, count) in sums.items()},
             }
-            for file, lines in ((METRICS, [line]), (SKIPPED, skipped)):
-                with open(work / file, "a", encoding="utf-8") as handle:
-                    handle.writelines(json.dumps(each) + "\n" for each in lines)
+            if ranks.first:
+                skipped = sorted((each for share in shares for each in share.skipped), key=lambda each: each["index"])
+                for file, lines in ((METRICS, [line]), (SKIPPED, skipped)):
+                    with open(work / file, "a", encoding="utf-8") as handle:
+                        handle.writelines(json.dumps(each) + "\n" for each in lines)
             advance(note=f"loss {loss:.3f}, {speed:.0f} tokens/s,")
             due = (step + 1) % train.save_every == 0 and step + 1 < train.num_steps
-            if due or interrupted():
-                state.save(work / "checkpoints", step + 1, model, optimizer, vars(totals), train.keep)
-            if interrupted():
+            stop = any(each.interrupted for each in shares)
+            if due or stop:
+                state.save(work / "checkpoints", step + 1, objective.model, optimizer, vars(totals), train.keep, ranks)
+            if stop:
                 raise UserError(
                     f"interrupted after step {step + 1} of {train.num_steps}; kept in {work}: the same command goes on from there"
                 )
 
 
 def _draw(
-    train: TrainConfig, mixture: Mixture, encoder: PromptEncoder, step: int, totals: Totals
-) -> tuple[list[Encoded], list[str], list[dict[str, Any]]]:
-    """The examples of one step, their families, and what was skipped and why.
+    train: TrainConfig, mixture: Mixture, encoder: PromptEncoder, step: int, share: Share, ranks: Ranks
+) -> tuple[list[Encoded], list[str]]:
+    """This rank's examples of one step, and their families; what was skipped and why goes into its share.
 
-    The position in the mixture is a function of the step alone.
+    The positions in the mixture are a function of the step alone, and the ranks take them in turn.
     """
-    examples, families, skipped = [], [], []
-    indices = train.indices(step)
+    examples, families, totals = [], [], share.totals
+    indices = train.indices(step)[ranks.rank :: ranks.size]
     draws = [mixture.draw(index) for index in indices]
     encodings = iter(encoder.encode_batch([(draw.example.inputs, draw.example.targets) for draw in draws if draw.example]))
     for index, draw in zip(indices, draws, strict=True):
@@ -172,7 +279,9 @@ def _draw(
         if encoded is None:
             totals.skipped += 1
             why = "its answer alone is longer than train.max_length" if draw.example else "no prompt applies"
-            skipped.append({"step": step + 1, "index": index, "task": draw.task, "template": draw.template, "row": draw.row, "why": why})
+            share.skipped.append(
+                {"step": step + 1, "index": index, "task": draw.task, "template": draw.template, "row": draw.row, "why": why}
+            )
             continue
         examples.append(encoded)
         families.append(draw.family)
@@ -180,29 +289,31 @@ def _draw(
         totals.tokens += len(encoded.ids)
         totals.targets += encoded.num_target
         totals.cut += encoded.cut
-    return examples, families, skipped
+    return examples, families
 
 
-def _backward(model: Any, examples: list[Encoded], compute: torch.dtype, tokens_per_pass: int) -> torch.Tensor:
-    """Gradients of the effective batch's mean loss; returns each example's summed loss. [num_examples]"""
-    device = next(model.parameters()).device
-    num_targets = sum(example.num_target for example in examples)
+def _backward(objective: Objective, examples: list[Encoded], tokens_per_pass: int, ranks: Ranks) -> torch.Tensor:
+    """Gradients of the mean loss of the effective batch, over all ranks; returns the summed loss of each of this rank's. [num_examples]"""
     losses = torch.zeros(len(examples))
-    for batch in pack(examples, tokens_per_pass):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16):
-            token_losses = target_losses(model, batch)  # [num_target]
-        torch.autograd.backward(token_losses.sum() / num_targets)
-        losses.index_add_(0, batch.owners, token_losses.detach().float().cpu())
+    batches = list(pack(examples, tokens_per_pass))
+    plans = ranks.gather((sum(example.num_target for example in examples), len(batches)))
+    scale = ranks.loss_scale / max(1, sum(num_targets for num_targets, _ in plans))
+    # Each pass is one of every rank's: those that have fewer add some that weigh nothing.
+    idle = [next(pack([Encoded([0, 0], 1, cut=False)], 2))] * (max(passes for _, passes in plans) - len(batches))
+    for batch, weight in [*((batch, scale) for batch in batches), *((batch, 0.0) for batch in idle)]:
+        token_losses = objective(batch)  # [num_target]
+        torch.autograd.backward(token_losses.sum() * weight)
+        if weight:
+            losses.index_add_(0, batch.owners, token_losses.detach().float().cpu())
     return losses
 
 
 def target_losses(model: Any, batch: Batch) -> torch.Tensor:
     """Cross-entropy (nat) of every target token. [num_target]"""
     device = next(model.parameters()).device
+    segments = batch if model.config._attn_implementation == COMPILED else batch.segments
     hidden = (
-        model.get_decoder()(
-            input_ids=batch.ids.to(device), position_ids=batch.positions.to(device), segments=batch.segments, use_cache=False
-        )
+        model.get_decoder()(input_ids=batch.ids.to(device), position_ids=batch.positions.to(device), segments=segments, use_cache=False)
     ).last_hidden_state  # [1, seq, hidden]
     rows = hidden[0, batch.predict.to(device)]  # [num_target, hidden]
     logits = model.get_output_embeddings()(rows).float()  # [num_target, vocab]
@@ -220,13 +331,25 @@ def learning_rate(train: TrainConfig, step: int) -> float:
     return train.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _by_family(families: list[str], examples: list[Encoded], losses: torch.Tensor) -> dict[str, dict[str, float]]:
+def _by_family(families: list[str], examples: list[Encoded], losses: torch.Tensor) -> dict[str, list[float]]:
     sums: dict[str, list[float]] = {}
     for family, example, loss in zip(families, examples, losses.tolist(), strict=True):
-        entry = sums.setdefault(family, [0.0, 0])
-        entry[0] += loss
-        entry[1] += example.num_target
-    return {family: {"loss": loss / count, "targets": count} for family, (loss, count) in sorted(sums.items())}
+        _add(sums, family, loss, example.num_target)
+    return sums
+
+
+def _by_family_of_all(shares: list[Share]) -> dict[str, list[float]]:
+    sums: dict[str, list[float]] = {}
+    for share in shares:
+        for family, (loss, count) in share.families.items():
+            _add(sums, family, loss, count)
+    return dict(sorted(sums.items()))
+
+
+def _add(sums: dict[str, list[float]], family: str, loss: float, count: float) -> None:
+    entry = sums.setdefault(family, [0.0, 0])
+    entry[0] += loss
+    entry[1] += count
 
 
 @contextlib.contextmanager
@@ -258,11 +381,11 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return next(reader.info(name).dtype for name in reader if reader.info(name).dtype.is_floating_point)
 
 
-def _finish(recipe: Recipe, loaded: LoadedModel, encoder: PromptEncoder, work: Path, totals: Totals) -> Path:
-    """Write the result as a normal Hugging Face folder that carries its prompt format."""
+def _finish(recipe: Recipe, loaded: LoadedModel, encoder: PromptEncoder, work: Path, totals: Totals, ranks: Ranks) -> Path:
+    """Write the result as a normal Hugging Face folder that carries its prompt format, or as an adapter's. All ranks."""
     from transformers import GenerationConfig
 
-    model, tokenizer, format = loaded.model, loaded.tokenizer, loaded.format
+    model, tokenizer, format, source = loaded.model, loaded.tokenizer, loaded.format, loaded.source
     if not format.native:
         tokenizer.chat_template = format.chat_template(bos=bool(encoder.bos_ids))
     model.generation_config = GenerationConfig(
@@ -271,19 +394,46 @@ def _finish(recipe: Recipe, loaded: LoadedModel, encoder: PromptEncoder, work: P
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         stop_strings=[format.end] if format.end else None,
     )
-    model.to(_stored_dtype(loaded.source.folder))
-    with folders.new_folder(recipe.out, overwrite=True) as folder:
-        save_checkpoint(model, tokenizer, folder)
-        for file in (METRICS, SKIPPED):
-            shutil.copyfile(work / file, folder / file)
-        folders.write_manifest(
-            folder,
-            "model",
-            name=f"{loaded.source.name} + {recipe.name}",
-            base=loaded.source.name,
-            format=format.name,
-            recipe=configs.to_dict(recipe),
-            totals={**vars(totals), "steps": recipe.train.num_steps},
-        )
-    shutil.rmtree(work)
+    kept = recipe.lora is not None and not recipe.lora.merge
+    with ranks.new_folder(recipe.out, overwrite=True) as folder:
+        if recipe.lora is None:
+            _write_weights(model, _stored_dtype(source.folder), folder, ranks)
+        else:
+            known = recipe.model if recipe.model and hub.parse(recipe.model) and not Path(recipe.model).is_dir() else None
+            lora.save(model, recipe.lora, known or str(source.folder.resolve()), folder if kept else work, ranks)
+            if ranks.first and not kept:
+                adapter.write_weights(source.folder, source.delta, adapter.read(work), folder)
+        if ranks.first:
+            if kept:
+                model.generation_config.save_pretrained(folder)
+                save_tokenizer(tokenizer, folder)
+            else:
+                save_settings(model, tokenizer, folder, _stored_dtype(source.folder))
+            for file in (METRICS, SKIPPED):
+                shutil.copyfile(work / file, folder / file)
+            folders.write_manifest(
+                folder,
+                "adapter" if kept else "model",
+                name=f"{source.name} + {recipe.name}",
+                base=source.name,
+                format=format.name,
+                recipe=configs.to_dict(recipe),
+                totals={**vars(totals), "steps": recipe.train.num_steps},
+                ranks=ranks.size,
+            )
+    if ranks.first:
+        shutil.rmtree(work)
     return recipe.out
+
+
+def _write_weights(model: Any, dtype: torch.dtype, folder: Path, ranks: Ranks) -> None:
+    """Gather the weights one by one, so that no rank holds more than its rows and one tensor, and write them. All ranks."""
+    infos = {name: TensorInfo(dtype, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(CheckpointWriter(folder, infos)) if ranks.first else None
+        for name, parameter in model.named_parameters():
+            tensor = whole(parameter.detach().to(dtype))
+            if writer:
+                writer.begin(infos[name].num_bytes)
+                writer.write(raw_bytes(tensor.cpu()))
+                writer.end(name, infos[name])

@@ -37,7 +37,12 @@ class TrainConfig:
     tokens_per_pass: int = 2048
     """Tokens in one forward and backward pass: bounds the memory of activations."""
     dtype: Dtype = "auto"
-    """Compute dtype; the weights themselves are always trained in float32."""
+    """Compute dtype; what is trained is always kept in float32."""
+    activation_checkpointing: bool = False
+    """Compute the inside of a layer anew in the backward pass in place of keeping it: less memory, a third more work."""
+    compile: bool = False
+    """Compile the decoder layers (torch.compile); the first steps take longer by as long as that takes. Not together with
+    activation_checkpointing, under which torch does not compile layers that call what it cannot, as segment attention."""
     save_every: int = 100
     """Steps between checkpoints."""
     keep: int = 2
@@ -50,6 +55,8 @@ class TrainConfig:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; at least 1 is needed")
         if self.lr <= 0 or self.max_grad_norm <= 0:
             raise ValueError("train.lr and train.max_grad_norm must be positive")
+        if self.compile and self.activation_checkpointing:
+            raise ValueError("train.compile and train.activation_checkpointing do not go together; set one of them to false")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"train.warmup_ratio is {self.warmup_ratio}; it is a part of the run, from 0 to below 1")
 
@@ -61,6 +68,42 @@ class TrainConfig:
     def indices(self, step: int) -> range:
         """Positions in the mixture that the step with this number (from 0) is made of."""
         return range(step * self.batch_size, min((step + 1) * self.batch_size, self.examples))
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes of a run share the work (train/parallel.py). Their number is the launcher's to say."""
+
+    strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """`fsdp`: each rank keeps its rows of weights, gradients and moments; `ddp`: each keeps all of them; `auto`: fsdp where there
+    are several ranks, else none."""
+    cpu_offload: bool = False
+    """With fsdp: weights, gradients and moments lie in the memory of the CPU between uses."""
+
+    def __post_init__(self) -> None:
+        if self.cpu_offload and self.strategy in ("none", "ddp"):
+            raise ValueError(f"parallel.cpu_offload goes with parallel.strategy fsdp, not {self.strategy}")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Train low-rank adapters in place of the weights (train/lora.py); the base stays as it is, in the compute dtype."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """The product of the two factors counts alpha / rank."""
+    dropout: float = 0.0
+    """Of what goes into the adapters."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Last parts of the names of the matrices that get one."""
+    merge: bool = True
+    """The result is a normal model folder with the product added; else it is an adapter folder as peft reads it."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not self.targets:
+            raise ValueError("lora.rank must be at least 1, lora.alpha positive, and lora.targets must name a matrix")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout is {self.dropout}; from 0 to below 1 is needed")
 
 
 @dataclass(frozen=True)
@@ -79,6 +122,9 @@ class Recipe:
     format: str = DEFAULT_FORMAT
     """Prompt format; it travels with the result as its chat template."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoraConfig | None = None
+    """None: all weights are trained."""
 
     def __post_init__(self) -> None:
         find_format(self.format)
