@@ -59,7 +59,7 @@ def beside(path: Path, kind: str) -> Path:
 
 def _tidy(path: Path) -> None:
     """Remove what processes of this machine that are no more left beside `path`; a result that one had moved aside goes back."""
-    for kind in ("old", "partial"):
+    for kind in ("old", "partial", "fetched"):
         for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(platform.node())}.*.{kind}"):
             number = left.name.split(".")[-2]
             if not number.isdigit() or os.path.exists(f"/proc/{number}") or not os.path.isdir("/proc/self"):
@@ -125,12 +125,21 @@ def sync(file: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file atomically: beside, synced, renamed."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same for bytes."""
     partial = beside(path, "partial")
-    with open(partial, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -233,10 +233,10 @@ def test_a_figure_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pyt
     file.parent.mkdir()
     file.write_bytes(b"old")
 
-    def full(path: Path) -> None:
+    def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folders, "sync", full)
+    monkeypatch.setattr(folders.os, "fsync", full)
     with pytest.raises(UserError, match="no space left on the disk"):
         info.write_figure(found, file)
     assert file.read_bytes() == b"old" and list(file.parent.iterdir()) == [file]

@@ -22,7 +22,7 @@ from mtllama.errors import UserError
 from mtllama.progress import progress
 from mtllama.weights import card, codec, pipeline
 from mtllama.weights.manifest import FILES, FORMAT, SAMPLES, BaseTensor, Entry, Manifest, Mode
-from mtllama.weights.shards import CheckpointReader, CheckpointWriter, TensorInfo, small_files
+from mtllama.weights.shards import BIN_INDEX, INDEX, CheckpointReader, CheckpointWriter, TensorInfo, small_files
 
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 """Where a base with tied embeddings has what an untied target has apart."""
@@ -41,6 +41,8 @@ class Summary:
     """Tensors that are the same in base and target."""
     num_inexact: int = 0
     """Weights that will not come back exact (only mode `add`)."""
+    left_out: tuple[str, ...] = ()
+    """What of the target's folder the delta does not carry: folders, other formats of weights, files over 128 MB."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -91,7 +93,9 @@ def make(
         folders.write_manifest(folder, "delta", base=manifest.base_name, target=str(target_dir))
         num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     equal, inexact = (sum(each) for each in zip(*((e.kind == "equal", e.num_inexact) for e in entries.values()), strict=True))
-    return Summary(len(entries), sum(info.size for info in infos.values()), num_bytes, equal, inexact)
+    carried = {INDEX, BIN_INDEX, *(path.name for path in target.held), *manifest.files}
+    left_out = tuple(path.name for path in sorted(target_dir.iterdir()) if path.name not in carried and not path.name.startswith("."))
+    return Summary(len(entries), sum(info.size for info in infos.values()), num_bytes, equal, inexact, left_out)
 
 
 class Pair:
@@ -154,9 +158,10 @@ def patterns(
 
 @dataclass
 class _Statistics:
-    """What a pass over the slices adds up."""
+    """What a pass over the slices adds up, for the manifest."""
 
     num_equal: int = 0
+    num_inexact: int = 0
     square: float = 0.0
     base_square: float = 0.0
 
@@ -164,6 +169,10 @@ class _Statistics:
         self.num_equal += found[0]
         self.square = min(self.square + found[1], sys.float_info.max)
         self.base_square = min(self.base_square + found[2], sys.float_info.max)
+
+    def entry(self, kind: str, info: TensorInfo, digest: str, base: BaseTensor | None, restored: str) -> Entry:
+        """What the manifest says of the tensor."""
+        return Entry(kind, info, digest, base, restored, self.num_equal, self.num_inexact, self.square**0.5, self.base_square**0.5)
 
 
 def _statistics(before: np.ndarray, after: np.ndarray, dtype: torch.dtype) -> tuple[int, float, float]:
@@ -211,7 +220,7 @@ def _bits(pair: Pair, writer: CheckpointWriter, level: codec.Level, pool: Thread
         writer.write(foot)
         writer.end(pair.name, TensorInfo(torch.uint8, (sum(sizes) + len(foot),)))
     kind = "equal" if equal else "difference"
-    return Entry(kind, pair.info, digest, base, digest, statistics.num_equal, 0, statistics.square**0.5, statistics.base_square**0.5)
+    return statistics.entry(kind, pair.info, digest, base, digest)
 
 
 def _code(encoder: codec.Encoder, pair: Pair, part: slice) -> bytes:
@@ -222,7 +231,7 @@ def _add(pair: Pair, writer: CheckpointWriter, pool: ThreadPoolExecutor) -> Entr
     if pair.info.dtype == torch.bool:
         raise UserError(f"{pair.name} holds booleans, which have no arithmetic difference; use --mode bits")
     digest, base = pair.describe_base(pool)
-    statistics, restored, num_inexact = _Statistics(), hashlib.sha256(), 0
+    statistics, restored = _Statistics(), hashlib.sha256()
 
     def subtract(part: slice) -> tuple[np.ndarray, np.ndarray, int, tuple[int, float, float]]:
         before, after = pair.before(part), pair.after(part)
@@ -236,20 +245,10 @@ def _add(pair: Pair, writer: CheckpointWriter, pool: ThreadPoolExecutor) -> Entr
     ):
         writer.write(change.data)
         restored.update(back.data)
-        num_inexact += wrong
+        statistics.num_inexact += wrong
         statistics.take(counted)
     writer.end(pair.name, pair.info)
-    return Entry(
-        "sum",
-        pair.info,
-        digest,
-        base,
-        restored.hexdigest(),
-        statistics.num_equal,
-        num_inexact,
-        statistics.square**0.5,
-        statistics.base_square**0.5,
-    )
+    return statistics.entry("sum", pair.info, digest, base, restored.hexdigest())
 
 
 def arithmetic(first: np.ndarray, second: np.ndarray, dtype: torch.dtype, factor: int = 1) -> np.ndarray:

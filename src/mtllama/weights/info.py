@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,15 +313,10 @@ def write_figure(info: Info, path: Path) -> None:
         raise UserError(f"--figure {path} does not end in .png, the one kind of picture that there is")
     if path.is_dir():
         raise UserError(f"--figure {path} is a folder; name a file in it")
-    content, partial = _draw(info), path.with_name(f".{path.name}.{os.getpid()}.partial")
+    content = _draw(info)
     with folders.explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(content)
-            folders.sync(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        folders.write_bytes(path, content)
 
 
 def _draw(info: Info) -> bytes:

@@ -115,8 +115,8 @@ class Manifest:
         """Read and check it; errors say what the folder is instead."""
         path = folder / DELTA_JSON
         if not path.is_file():
-            what = "is a model, not a delta" if (folder / "config.json").is_file() else f"has no {DELTA_JSON}"
-            raise UserError(f"{folder} {what}; --delta takes a folder made by: mtllama delta make")
+            what = " (is it a model, or a delta of another tool?)" if (folder / "config.json").is_file() else ""
+            raise UserError(f"{folder} has no {DELTA_JSON}{what}; this needs a folder made by: mtllama delta make")
         value = folders.read_json(path)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise UserError(f"{path} is not a manifest of {FORMAT}")

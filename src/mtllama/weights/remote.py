@@ -19,15 +19,12 @@ from mtllama import folders, hub
 from mtllama.errors import UserError
 from mtllama.progress import PLAIN_SECONDS, say
 from mtllama.weights.manifest import DELTA_JSON, FILES, Manifest
-from mtllama.weights.shards import BIN_INDEX, BIN_SINGLE, DTYPES, INDEX, SINGLE, CheckpointReader, TensorInfo
+from mtllama.weights.shards import BIN_INDEX, BIN_SINGLE, DTYPES, INDEX, SINGLE, CheckpointReader, TensorInfo, is_small
 
 QUIET_SECONDS = 2.0
 """A file that takes longer to fetch is spoken of."""
 TIMEOUT = 30.0
 """Seconds to wait for the hub to say what it has."""
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
-_SMALL_BYTES = 1 << 27
-"""Nothing larger counts as config or tokenizer."""
 
 
 class Fetcher:
@@ -40,7 +37,7 @@ class Fetcher:
         """`out`: the output folder; it must be new, and what is fetched lies beside it."""
         folders.require_new(out, overwrite=overwrite)
         self._out = out.resolve()
-        self._room = self._out.with_name(f".{self._out.name}.{os.getpid()}.fetched")
+        self._room = folders.beside(self._out, "fetched")
         self._repositories: dict[Path, _Repository] = {}
 
     def __enter__(self) -> Self:
@@ -110,7 +107,7 @@ class _Repository:
             self.get(DELTA_JSON)
             wanted = [f"{FILES}/{name}" for name in Manifest.read(self.folder).files]
         else:
-            wanted = [name for name, size in self.sizes.items() if _is_small(name, size)]
+            wanted = [name for name, size in self.sizes.items() if is_small(name, size or 0)]
         for name in wanted:
             if name in self.sizes:
                 self.get(name)
@@ -184,11 +181,6 @@ class _Repository:
     def drop(self, path: Path) -> None:
         """Delete it, or the link to it."""
         path.unlink(missing_ok=True)
-
-
-def _is_small(name: str, size: int | None) -> bool:
-    """Whether a file at the top of a repository is config, tokenizer or the like."""
-    return "/" not in name and not name.startswith(".") and not name.endswith(_WEIGHTS) and (size or 0) <= _SMALL_BYTES
 
 
 def _api() -> Any:

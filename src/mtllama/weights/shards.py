@@ -275,17 +275,18 @@ def _files_of(folder: Path, has: Callable[[Path], bool]) -> tuple[list[Path], di
 
 
 def small_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint that are not weights, their index or hidden, by name; none over 128 MB."""
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS) and path.stat().st_size <= _MAX_SMALL
-    ]
+    """The files of a checkpoint that are config, tokenizer or the like, by name."""
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and is_small(path.name, path.stat().st_size)]
+
+
+def is_small(name: str, num_bytes: int) -> bool:
+    """Whether a file at the top of a checkpoint is config, tokenizer or the like: not weights, not their index, not hidden, at most 128 MB."""
+    return "/" not in name and not name.startswith(".") and not name.endswith(_WEIGHTS) and num_bytes <= _MAX_SMALL
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, without a copy where it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
     return flat.data
 
 
