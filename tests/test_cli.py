@@ -65,7 +65,7 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *
         (["mix", "plan", "quickstart", "mixture.tasks.trec=-1"], "mixture.tasks.trec is -1.0; a positive number is needed"),
         (["mix", "plan", "quickstart", "mixture.tasks.trec=many"], "mixture.tasks.trec is 'many'; a number is needed"),
         (["mix", "plan", "quickstart", "mixture.templates=promptsource:{tmp}"], "holds no promptsource templates"),
-        (["mix", "plan", "mt-llama-readme"], "no local file, and UCLNLP/adversarial_qa cannot be had from the hub"),
+        (["mix", "plan", "mt-llama-7b"], "no local file, and UCLNLP/adversarial_qa cannot be had from the hub"),
         (["mix", "show", "quickstart", "--index", "-1"], "--index is -1"),
         (["mix", "show", "quickstart", "--step", "126"], "the run has the steps 1 to 125"),
         (["mix", "show", "{tmp}"], "is not the folder of a training run"),

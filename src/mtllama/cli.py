@@ -430,6 +430,82 @@ def train_run(recipe: RecipeFile, overrides: Overrides = None, overwrite: Overwr
             print(out)
 
 
+@train.command("plan")
+def train_plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option("--ranks", metavar="N", help="Processes that share the work, each with a device.")] = 1,
+    device: Annotated[str | None, typer.Option("--device", metavar="KIND", help="cpu or cuda; default: what is here.")] = None,
+    speed: Annotated[
+        float | None, typer.Option("--tokens-per-second", metavar="X", help="Over all ranks: for the hours that the run will take.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a run will need: memory, tokens, FLOPs, hours. Example: mtllama train plan mt-llama-7b --ranks 8 --device cuda
+
+    Built from the model's config alone: no weights are read, and no GPU is needed to plan for some.
+    """
+    import torch
+
+    from mtllama.train.plan import plan
+    from mtllama.train.recipe import load_recipe
+
+    if ranks < 1 or (speed is not None and speed <= 0):
+        raise UserError("--ranks must be at least 1, and --tokens-per-second positive")
+    chosen = torch.device(_choice("--device", device, ("cpu", "cuda"))) if device else None
+    found = plan(load_recipe(recipe, overrides or ()), ranks=ranks, device=chosen)
+    if as_json:
+        _print_json({**found.to_json(), "hours": found.hours(speed) if speed else None})
+        return
+    for remark in found.remarks:
+        print(f"note: {remark}")
+    print(f"parameters      {found.parameters:,}, {found.trained:,} of them trained; {found.embedding:,} in the embedding")
+    print(
+        f"run             {found.examples:,} examples in {found.steps:,} steps, about {found.tokens:,.0f} tokens, {found.targets:,.0f} trained on"
+    )
+    print(f"FLOPs           {found.flops:.3g}: {found.flops / max(1, found.tokens):.3g} a token")
+    hours = f"{found.hours(speed):,.1f} at {speed:,.0f} tokens/s" if speed else "give --tokens-per-second X"
+    print(f"hours           {hours}")
+    print(f"memory          {found.peak / 1e9:,.2f} GB on {'each rank' if ranks > 1 else 'one process'} at the worst moment, that is")
+    for name, num in vars(found.memory).items():
+        print(f"  {name:<14}{num / 1e9:10,.2f} GB")
+
+
+@train.command("verify")
+def train_verify(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    what: Annotated[
+        str, typer.Option("--what", metavar="LIST", help="Of: packing, accumulation, resume, ranks.")
+    ] = "packing,accumulation,resume,ranks",
+    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps of each run that is compared.")] = 4,
+) -> None:
+    """Prove on your own model and data that how a run is done does not change what comes out. Example: mtllama train verify quickstart
+
+    Short runs in float32, done in different ways: examples packed or each alone, a step in one pass or several, killed and started
+    again or in one go, one process or two. Status 1 if one differs.
+    """
+    from mtllama.train.recipe import load_recipe
+    from mtllama.train.verify import verify
+
+    if steps < 2:
+        raise UserError(f"--steps is {steps}; at least 2 are needed")
+    found = verify(load_recipe(recipe, overrides or ()), what.split(","), steps=steps)
+    _print_table(
+        ("what", "steps", "largest difference of a loss", "of a gradient norm", "of a weight", "holds", "compared"),
+        [
+            (each.what, each.num_steps, f"{each.loss:.1e}", f"{each.norm:.1e} of it", _maybe(each.weight), each.holds, each.ways)
+            for each in found
+        ],
+    )
+    if not all(each.holds for each in found):
+        raise typer.Exit(1)
+
+
+def _maybe(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}" if value else "0, bit for bit"
+
+
 def _choice(option: str, value: str, choices: tuple[Any, ...]) -> Any:
     if value not in choices:
         raise UserError(f"{option} is {value!r}; choose one of {', '.join(choices)}")
@@ -472,6 +548,10 @@ def delta_make(
         f"{out}: {summary.num_tensors} tensors ({summary.num_equal} equal), {summary.num_bytes / 1e6:.1f} MB, "
         f"{summary.bits_per_weight:.2f} bits a weight"
     )
+    if summary.left_out:
+        print(
+            f"not in the delta: {', '.join(summary.left_out[:9])}{' ...' if len(summary.left_out) > 9 else ''} (folders, other weights, files over 128 MB)"
+        )
     if mode == "add":
         print(
             f"{summary.num_inexact:,} of {summary.num_weights:,} weights will not come back exact: the sum is rounded (--mode bits has them all)"

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,20 @@ def recipe(pico: Path, out: Path, **train: object) -> Recipe:
     return Recipe(out=out, train=TrainConfig(**{**vars(TRAIN), **train}), model=str(pico), mixture=MixtureConfig(dir=Path("sampler")))  # type: ignore[arg-type]
 
 
+def command(wanted: Recipe, folder: Path) -> list[str]:
+    """The command line that runs a recipe, which is written into a file in `folder`."""
+    file = folder / "recipe.yaml"
+    values = configs.to_dict(wanted)
+    file.write_text(
+        json.dumps({key: value for key, value in values.items() if value is not None} | {"mixture": {"dir": "sampler"}}), encoding="utf-8"
+    )
+    return [sys.executable, "-m", "mtllama", "train", "run", str(file)]
+
+
+def claim(wanted: Recipe) -> None:
+    loop._claim(wanted.out.with_name(wanted.out.name + ".partial"), wanted, Mixture(wanted.mixture), overwrite=False)
+
+
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / loop.METRICS).read_text(encoding="utf-8").splitlines()]
 
@@ -58,9 +74,14 @@ def test_the_loss_falls_and_every_family_is_accounted_for(trained: Path) -> None
     lines = metrics(trained)
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert sum(line["loss"] for line in lines[-5:]) / 5 < 0.85 * lines[0]["loss"]
+    tokens = 0
     for line in lines:
-        parts = line["families"].values()
-        assert sum(p["loss"] * p["targets"] for p in parts) / sum(p["targets"] for p in parts) == pytest.approx(line["loss"], rel=1e-5)
+        for kind in ("families", "tasks"):
+            parts = line[kind].values()
+            assert sum(p["loss"] * p["targets"] for p in parts) / sum(p["targets"] for p in parts) == pytest.approx(line["loss"], rel=1e-5)
+            assert sum(p["tokens"] for p in parts) + tokens == line["tokens"]
+        tokens = line["tokens"]
+        assert 0 < line["mfu"] < 1
     assert len({family for line in lines for family in line["families"]}) == 8
 
 
@@ -163,15 +184,10 @@ def test_a_text_end_marker_becomes_a_stop_string(pico: Path, tmp_path: Path) -> 
 
 def test_a_run_that_was_killed_ends_with_the_same_bits(pico: Path, tmp_path: Path, trained: Path) -> None:
     """kill -9 while it trains, as often as it takes; the same command goes on."""
-    file = tmp_path / "recipe.yaml"
-    values = configs.to_dict(recipe(pico, tmp_path / "model", save_every=1))
-    file.write_text(
-        json.dumps({key: value for key, value in values.items() if value is not None} | {"mixture": {"dir": "sampler"}}), encoding="utf-8"
-    )
     work, kills = tmp_path / "model.partial", 0
-    command = [sys.executable, "-m", "mtllama", "train", "run", str(file)]
+    words = command(recipe(pico, tmp_path / "model", save_every=1), tmp_path)
     for wanted in (2, 5):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         while process.poll() is None and len(list((work / "checkpoints").glob("step-*"))) == 0:
             time.sleep(0.02)
         while process.poll() is None and len((work / loop.METRICS).read_text(encoding="utf-8").splitlines()) < wanted:
@@ -181,7 +197,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(pico: Path, tmp_path: Pat
             kills += 1
         process.wait()
         assert not (tmp_path / "model").exists() or kills == 0
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     assert kills == 2
     assert "going on from step" in done.stderr
@@ -192,17 +208,31 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(pico: Path, tmp_path: Pat
 
 
 def test_an_unfinished_run_of_another_recipe_is_refused(pico: Path, tmp_path: Path) -> None:
-    loop._claim(tmp_path / "m.partial", recipe(pico, tmp_path / "m"), overwrite=False)
+    claim(recipe(pico, tmp_path / "m"))
     with pytest.raises(UserError, match="another recipe"):
         loop.run(recipe(pico, tmp_path / "m", lr=1e-5))
+
+
+def test_an_unfinished_run_of_other_data_is_refused(pico: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "rotten_tomatoes").mkdir(parents=True)
+    rows = [{"text": f"a film, number {number}", "label": number % 2} for number in range(40)]
+    (data / "rotten_tomatoes" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    begun = replace(recipe(pico, tmp_path / "m"), mixture=MixtureConfig(dir=data))
+    claim(begun)
+    (data / "rotten_tomatoes" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"the data of rotten_tomatoes is not what the run began with \(rows, bytes: \[40, \d+\] then, \[39, \d+\] now\)"
+    ):
+        loop.run(begun)
 
 
 def test_how_a_run_is_computed_may_change_while_it_is_not_done(pico: Path, tmp_path: Path, trained: Path) -> None:
     """More memory or less, another checkpoint interval: the result is the same."""
     begun = recipe(pico, tmp_path / "m", save_every=9)
-    loop._claim(tmp_path / "m.partial", begun, overwrite=False)
+    claim(begun)
     for change in ({"activation_checkpointing": True}, {"tokens_per_pass": 300}, {"keep": 1}):
-        loop._claim(tmp_path / "m.partial", recipe(pico, tmp_path / "m", **change), overwrite=False)
+        claim(recipe(pico, tmp_path / "m", **change))
     out = loop.run(recipe(pico, tmp_path / "m", activation_checkpointing=True, tokens_per_pass=300))
     assert [line["loss"] for line in metrics(out)] == pytest.approx([line["loss"] for line in metrics(trained)], rel=1e-4)
     manifest = folders.read_manifest(out) or {}
@@ -236,11 +266,84 @@ def test_compiled_layers_have_the_losses_of_plain_ones_and_are_compiled_once(pic
     assert "attn" not in (out / "config.json").read_text(encoding="utf-8")
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_before_the_step(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_backward", lambda objective, examples, *rest: torch.full((len(examples),), float("nan")))
-    with pytest.raises(UserError, match="step 0: loss nan"):
+def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> None:
+    """In these steps the first example's loss and all gradients are this many times what they are."""
+    step, backward = [0], loop._backward
+
+    def spoilt(objective: loop.Objective, *rest: Any) -> torch.Tensor:
+        losses = backward(objective, *rest)
+        step[0] += 1
+        if step[0] in steps:
+            losses[0] *= value
+            for parameter in objective.parameters():
+                if parameter.grad is not None:
+                    parameter.grad *= value
+        return losses
+
+    monkeypatch.setattr(loop, "_backward", spoilt)
+
+
+def test_a_step_whose_loss_is_no_number_is_passed_over_and_its_examples_are_named(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poisoned(monkeypatch, {3}, float("nan"))
+    out = loop.run(recipe(pico, tmp_path / "m", examples=48))
+    lines = metrics(out)
+    assert [line["step"] for line in lines if "passed_over" in line] == [3] and lines[2]["loss"] is None
+    first = Mixture(MixtureConfig(dir=Path("sampler"))).draw(16)
+    named = lines[2]["examples"][0]
+    assert (named["index"], named["task"], named["template"], named["row"]) == (16, first.task, first.template, first.row)
+    assert (
+        "step 3 is passed over: loss nan" in (said := capsys.readouterr().err)
+        and f"{first.task} / {first.template} row {first.row}" in said
+    )
+    assert all(value.isfinite().all() for value in weights(out).values())
+
+
+def test_three_steps_in_a_row_that_cannot_be_taken_end_the_run(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(monkeypatch, {2, 4, 5, 6}, float("inf"))
+    with pytest.raises(UserError, match=r"^step 6 is passed over: .*; that was 3 steps in a row: lower train.lr"):
         loop.run(recipe(pico, tmp_path / "m"))
     assert not (tmp_path / "m").exists()
+    assert [line["step"] for line in metrics(tmp_path / "m.partial")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_spike_is_passed_over_and_the_weights_stay_as_they_were(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(monkeypatch, {24}, 1e4)
+    out = loop.run(recipe(pico, tmp_path / "m", examples=200, lr=1e-4))
+    spikes = [line for line in metrics(out) if "passed_over" in line]
+    assert [line["step"] for line in spikes] == [24] and "times the median" in spikes[0]["passed_over"]
+    taken = loop.run(recipe(pico, tmp_path / "n", examples=200, lr=1e-4, spike=0.0))
+    assert not [line for line in metrics(taken) if "passed_over" in line]
+
+
+def test_more_target_rows_than_fit_at_a_time_give_the_same_losses(
+    pico: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "HEAD_ROWS", 7)
+    out = loop.run(recipe(pico, tmp_path / "m", examples=24))
+    assert max(line["targets"] for line in metrics(out)) > 7
+    other = loop.run(recipe(pico, tmp_path / "n", examples=24, activation_checkpointing=True))
+    monkeypatch.undo()
+    plain = loop.run(recipe(pico, tmp_path / "o", examples=24))
+    for found in (out, other):
+        assert [line["loss"] for line in metrics(found)] == pytest.approx([line["loss"] for line in metrics(plain)], rel=1e-5)
+
+
+def test_what_is_written_for_tensorboard_can_be_read_by_it_and_goes_on_after_a_kill(pico: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    wanted = recipe(pico, tmp_path / "m", tensorboard=True, save_every=2)
+    work = tmp_path / "m.partial"
+    process = subprocess.Popen(command(wanted, tmp_path), env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    while process.poll() is None and not (work / "checkpoints" / "step-0000002").is_dir():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    out = loop.run(wanted)
+    events = accumulator.EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in metrics(out)}, rel=1e-6) and len(losses) == 20
 
 
 def test_an_answer_that_is_too_long_is_counted_and_never_trained_on_as_nothing(pico: Path, tmp_path: Path) -> None:

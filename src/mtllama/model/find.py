@@ -52,14 +52,14 @@ def home() -> Path:
     return Path(os.environ.get("MTLLAMA_HOME") or Path(cache) / "mtllama").expanduser()
 
 
-def find_model(model: str | None, base: str | None = None, delta: str | None = None) -> ModelFolder:
-    """Find MODEL, or `base` with `delta` in its place; errors say what to type."""
+def find_model(model: str | None, base: str | None = None, delta: str | None = None, *, weights: bool = True) -> ModelFolder:
+    """Find MODEL, or `base` with `delta` in its place; errors say what to type. Without `weights`, config and tokenizer will do."""
     if base or delta:
         if model or not (base and delta):
             raise UserError("give either MODEL, or both --base and --delta")
         from mtllama.weights.restore import files_folder
 
-        found, folder = find_model(base), Path(delta).expanduser()
+        found, folder = find_model(base, weights=weights), Path(delta).expanduser()
         own = folders.read_manifest(files_folder(folder)) or {}
         return ModelFolder(found.folder, own.get("name") or f"{found.name} + {folder.name}", folder)
     if not model:
@@ -77,13 +77,14 @@ def find_model(model: str | None, base: str | None = None, delta: str | None = N
             return _merged(path)
         if not (path / "config.json").is_file():
             raise UserError(f"{path} has no config.json; is it a model folder?")
-        CheckpointReader(path)
+        if weights:
+            CheckpointReader(path)
         manifest = folders.read_manifest(path) or {}
         return ModelFolder(path, manifest.get("name") or path.resolve().name)
     if path.is_file():
         raise UserError(f"{path} is a file; a model folder is needed")
     if hub.parse(model):
-        return ModelFolder(_hub_folder(model), model)
+        return ModelFolder(_hub_folder(model, weights=weights), model)
     raise UserError(f"no model {model!r}: neither a folder nor a known name ({', '.join(NAMED)}) nor a hub id (owner/name)")
 
 
@@ -139,13 +140,13 @@ def fetch(name: str) -> Path:
     return named_folder(name)
 
 
-def _hub_folder(model: str) -> Path:
+def _hub_folder(model: str, *, weights: bool) -> Path:
     """The local copy of a hub model, fetched if the hub can be asked, else out of its cache."""
     import huggingface_hub
 
     hub_id, revision = hub.parse(model) or (model, None)
     reason = hub.unreachable()
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICEN*"]
+    patterns = ["*.json", *(["*.safetensors"] if weights else []), "*.model", "*.txt", "*.jinja", "README.md", "LICEN*"]
     try:
         options = {"revision": revision, "allow_patterns": patterns, "local_files_only": reason is not None}
         return Path(huggingface_hub.snapshot_download(hub_id, **options))

@@ -6,7 +6,6 @@ compute dtype under autocast. Every rank takes its share of each step's examples
 """
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -16,15 +15,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mtllama import config as configs
 from mtllama import folders, hub
 from mtllama.data.batching import Batch, pack
-from mtllama.data.mixture import Mixture
+from mtllama.data.mixture import Draw, Mixture
 from mtllama.data.prompt import Encoded, PromptEncoder
 from mtllama.errors import UserError
 from mtllama.model import adapter
@@ -33,14 +33,17 @@ from mtllama.model.find import ModelFolder, find_model
 from mtllama.model.load import LoadedModel, fill, load_model, pick_dtype
 from mtllama.progress import progress, say
 from mtllama.train import lora, state
+from mtllama.train.flops import Flops, matmul_rate
+from mtllama.train.journal import METRICS, SKIPPED, TENSORBOARD, Journal, Seen, sums
 from mtllama.train.parallel import Ranks, whole
-from mtllama.train.recipe import RECIPE, Recipe, TrainConfig
+from mtllama.train.recipe import DATA, RECIPE, Recipe, TrainConfig
 from mtllama.weights.shards import CheckpointReader, CheckpointWriter, TensorInfo, raw_bytes
 
-METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
+HEAD_ROWS = 512
+"""Target rows whose logits are held at a time: there may be as many as a pass has tokens, and a row is a vocabulary long."""
 COMPILED = "mtllama_segments_compiled"
 """Segment attention within compiled layers: it is given the batch, since they would be compiled anew for every length of a list."""
-HOW = ("activation_checkpointing", "compile", "tokens_per_pass", "save_every", "keep")
+HOW = ("activation_checkpointing", "compile", "tokens_per_pass", "save_every", "keep", "tensorboard")
 """Keys of `train` that say how a run is computed and kept, not what comes out: they may change while it is not done; so may `parallel`."""
 
 
@@ -64,8 +67,7 @@ class Share:
     """What one rank did in one step."""
 
     totals: Totals = field(default_factory=Totals)
-    families: dict[str, list[float]] = field(default_factory=dict)
-    """Sum of the losses of a family's target tokens, and their number."""
+    seen: list[Seen] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
 
@@ -99,16 +101,13 @@ def run(recipe: Recipe, *, overwrite: bool = False, ranks: Ranks | None = None) 
     loaded, objective = _load(recipe, ranks)
     encoder = PromptEncoder(loaded.tokenizer, loaded.format, min(train.max_length, loaded.max_length))
     with folders.explained(work):
-        ranks.once(lambda: _claim(work, recipe, overwrite=overwrite))
+        ranks.once(lambda: _claim(work, recipe, mixture, overwrite=overwrite))
         trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=train.lr, weight_decay=train.weight_decay, fused=True)
         start, kept = state.restore(work / "checkpoints", loaded.model, optimizer, ranks)
         totals = Totals(**kept)
         if start:
             say(f"going on from step {start} of {train.num_steps}")
-        if ranks.first:
-            _rewind(work / METRICS, start)
-            _rewind(work / SKIPPED, start)
         _steps(recipe, objective, optimizer, mixture, encoder, work, start, totals, ranks)
         return _finish(recipe, loaded, encoder, work, totals, ranks)
 
@@ -167,15 +166,22 @@ def _compile(model: Any, layers: list[torch.nn.Module], device: torch.device) ->
         layer.compile(dynamic=True)
 
 
-def _claim(work: Path, recipe: Recipe, *, overwrite: bool) -> None:
-    """Make the working folder, or check that the one there is of the same recipe."""
-    wanted = json.loads(json.dumps(configs.to_dict(recipe)))
+def _claim(work: Path, recipe: Recipe, mixture: Mixture, *, overwrite: bool) -> None:
+    """Make the working folder, or check that the one there is of the same recipe and the same data."""
+    wanted, data = configs.to_dict(recipe), mixture.data()
     if (work / RECIPE).is_file() and not overwrite:
         if _what(folders.read_json(work / RECIPE)) != _what(wanted):
             raise UserError(f"{work} holds an unfinished run of another recipe; remove it, pass --overwrite, or choose another out")
+        before = folders.read_json(work / DATA)
+        if changed := sorted(name for name in {*before, *data} if before.get(name) != data.get(name)):
+            raise UserError(
+                f"{work}: the data of {changed[0]} is not what the run began with (rows, bytes: {before.get(changed[0])} then, "
+                f"{data.get(changed[0])} now); bring it back, pass --overwrite to begin anew, or choose another out"
+            )
     else:
         shutil.rmtree(work, ignore_errors=True)
         (work / "checkpoints").mkdir(parents=True)
+    folders.write_json(work / DATA, data)
     folders.write_json(work / RECIPE, wanted)
 
 
@@ -183,17 +189,6 @@ def _what(recipe: dict[str, Any]) -> dict[str, Any]:
     """The part of a recipe that decides what comes out."""
     train = {key: value for key, value in recipe.get("train", {}).items() if key not in HOW}
     return {**recipe, "train": train, "parallel": None}
-
-
-def _rewind(file: Path, step: int) -> None:
-    """Drop lines of steps that will be taken again (a last line that a kill cut short among them)."""
-    if file.is_file():
-        kept = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        folders.write_text(file, "".join(kept))
 
 
 def _steps(
@@ -209,34 +204,43 @@ def _steps(
 ) -> None:
     train = recipe.train
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    with progress("train", train.num_steps, done=start) as advance, _interrupts() as interrupted:
+    flops, peak = Flops.of(objective.model), sum(ranks.gather(matmul_rate(ranks.device, objective.compute)))
+    with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(progress("train", train.num_steps, done=start))
+        interrupted = stack.enter_context(_interrupts())
+        if ranks.first:
+            journal = Journal(work, start, spike=train.spike, tensorboard=train.tensorboard)
+            stack.callback(journal.close)
         for step in range(start, train.num_steps):
             began = time.monotonic()
             torch.manual_seed((train.seed << 40 | step << 16 | ranks.rank) % 2**63)  # dropout is a function of the step, too
             share = Share()
-            examples, families = _draw(train, mixture, encoder, step, share, ranks)
+            examples, draws = _draw(train, mixture, encoder, step, share, ranks)
             losses = _backward(objective, examples, train.tokens_per_pass, ranks)  # [num_examples] sums
             ranks.sum_gradients(trained)
             norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)))
-            share.families = _by_family(families, examples, losses)
+            share.seen = [
+                Seen(index, draw.task, draw.family, draw.template, draw.row, len(example.ids), example.num_target, loss)
+                for (index, draw), example, loss in zip(draws, examples, losses.tolist(), strict=True)
+            ]
             share.interrupted = interrupted()
             shares = ranks.gather(share)
-            sums = _by_family_of_all(shares)
-            loss = sum(total for total, _ in sums.values()) / max(1, sum(count for _, count in sums.values()))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise UserError(
-                    f"step {step}: loss {loss}, gradient norm {norm}; lower train.lr (now {train.lr:g}) or set train.dtype=float32"
-                )
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(train, step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
+            seen = [each for share in shares for each in share.seen]
+            num_targets = sum(each.targets for each in seen)
+            loss = sum(each.loss for each in seen) / max(1, num_targets)
+            doubt = ranks.once(lambda loss=loss, norm=norm: journal.doubt(loss, norm))  # type: ignore[misc]
+            if doubt is None:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(train, step)
+                optimizer.step()
+            optimizer.zero_grad()
             seconds = time.monotonic() - began
             for each in shares:
                 for name, count in vars(each.totals).items():
                     setattr(totals, name, getattr(totals, name) + count)
             totals.seconds += seconds
-            speed = sum(each.totals.tokens for each in shares) / seconds
+            lengths = [each.tokens for each in seen]
+            speed = sum(lengths) / seconds
             line = {
                 "step": step + 1,
                 "loss": loss,
@@ -245,13 +249,14 @@ def _steps(
                 "tokens": totals.tokens,
                 "targets": totals.targets,
                 "tokens_per_second": round(speed, 1),
-                "families": {family: {"loss": total / count, "targets": count} for family, (total, count) in sums.items()},
+                "mfu": round(flops.step(lengths, num_targets) / seconds / peak, 4),
+                "families": sums(seen, "family"),
+                "tasks": sums(seen, "task"),
             }
             if ranks.first:
                 skipped = sorted((each for share in shares for each in share.skipped), key=lambda each: each["index"])
-                for file, lines in ((METRICS, [line]), (SKIPPED, skipped)):
-                    with open(work / file, "a", encoding="utf-8") as handle:
-                        handle.writelines(json.dumps(each) + "\n" for each in lines)
+                if remark := journal.write(line, seen, skipped, doubt):
+                    say(remark)
             advance(note=f"loss {loss:.3f}, {speed:.0f} tokens/s,")
             due = (step + 1) % train.save_every == 0 and step + 1 < train.num_steps
             stop = any(each.interrupted for each in shares)
@@ -265,12 +270,12 @@ def _steps(
 
 def _draw(
     train: TrainConfig, mixture: Mixture, encoder: PromptEncoder, step: int, share: Share, ranks: Ranks
-) -> tuple[list[Encoded], list[str]]:
-    """This rank's examples of one step, and their families; what was skipped and why goes into its share.
+) -> tuple[list[Encoded], list[tuple[int, Draw]]]:
+    """This rank's examples of one step, and where in the mixture each is from; what was skipped and why goes into its share.
 
     The positions in the mixture are a function of the step alone, and the ranks take them in turn.
     """
-    examples, families, totals = [], [], share.totals
+    examples, kept, totals = [], [], share.totals
     indices = train.indices(step)[ranks.rank :: ranks.size]
     draws = [mixture.draw(index) for index in indices]
     encodings = iter(encoder.encode_batch([(draw.example.inputs, draw.example.targets) for draw in draws if draw.example]))
@@ -284,12 +289,12 @@ def _draw(
             )
             continue
         examples.append(encoded)
-        families.append(draw.family)
+        kept.append((index, draw))
         totals.examples += 1
         totals.tokens += len(encoded.ids)
         totals.targets += encoded.num_target
         totals.cut += encoded.cut
-    return examples, families
+    return examples, kept
 
 
 def _backward(objective: Objective, examples: list[Encoded], tokens_per_pass: int, ranks: Ranks) -> torch.Tensor:
@@ -315,9 +320,16 @@ def target_losses(model: Any, batch: Batch) -> torch.Tensor:
     hidden = (
         model.get_decoder()(input_ids=batch.ids.to(device), position_ids=batch.positions.to(device), segments=segments, use_cache=False)
     ).last_hidden_state  # [1, seq, hidden]
-    rows = hidden[0, batch.predict.to(device)]  # [num_target, hidden]
-    logits = model.get_output_embeddings()(rows).float()  # [num_target, vocab]
-    return F.cross_entropy(logits, batch.targets.to(device), reduction="none")
+    rows, targets = hidden[0, batch.predict.to(device)], batch.targets.to(device)  # [num_target, hidden], [num_target]
+    head = model.get_output_embeddings()
+
+    def losses(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(head(rows).float(), targets, reduction="none")
+
+    if len(rows) <= HEAD_ROWS:
+        return losses(rows, targets)
+    parts = zip(torch.split(rows, HEAD_ROWS), torch.split(targets, HEAD_ROWS), strict=True)
+    return torch.cat([cast(torch.Tensor, checkpoint(losses, *part, use_reentrant=False)) for part in parts])
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -329,27 +341,6 @@ def learning_rate(train: TrainConfig, step: int) -> float:
         return train.lr
     done = (step - warmup + 1) / max(1, train.num_steps - warmup + 1)
     return train.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _by_family(families: list[str], examples: list[Encoded], losses: torch.Tensor) -> dict[str, list[float]]:
-    sums: dict[str, list[float]] = {}
-    for family, example, loss in zip(families, examples, losses.tolist(), strict=True):
-        _add(sums, family, loss, example.num_target)
-    return sums
-
-
-def _by_family_of_all(shares: list[Share]) -> dict[str, list[float]]:
-    sums: dict[str, list[float]] = {}
-    for share in shares:
-        for family, (loss, count) in share.families.items():
-            _add(sums, family, loss, count)
-    return dict(sorted(sums.items()))
-
-
-def _add(sums: dict[str, list[float]], family: str, loss: float, count: float) -> None:
-    entry = sums.setdefault(family, [0.0, 0])
-    entry[0] += loss
-    entry[1] += count
 
 
 @contextlib.contextmanager
@@ -411,6 +402,8 @@ def _finish(recipe: Recipe, loaded: LoadedModel, encoder: PromptEncoder, work: P
                 save_settings(model, tokenizer, folder, _stored_dtype(source.folder))
             for file in (METRICS, SKIPPED):
                 shutil.copyfile(work / file, folder / file)
+            if (work / TENSORBOARD).is_dir():
+                shutil.copytree(work / TENSORBOARD, folder / TENSORBOARD)
             folders.write_manifest(
                 folder,
                 "adapter" if kept else "model",

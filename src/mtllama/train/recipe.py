@@ -13,8 +13,8 @@ from mtllama.data.prompt import DEFAULT_FORMAT, find_format
 from mtllama.errors import UserError
 from mtllama.model.find import Dtype
 
-RECIPE = "recipe.json"
-"""The recipe in the folder of a run that is not done."""
+RECIPE, DATA = "recipe.json", "data.json"
+"""The recipe in the folder of a run that is not done, and what its data was when it began."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class TrainConfig:
     compile: bool = False
     """Compile the decoder layers (torch.compile); the first steps take longer by as long as that takes. Not together with
     activation_checkpointing, under which torch does not compile layers that call what it cannot, as segment attention."""
+    spike: float = 20.0
+    """A step whose gradient norm is that many times the median of those before is passed over, as one is whose loss is no number;
+    three in a row end the run. 0: spikes are taken as they come."""
+    tensorboard: bool = False
+    """Write the figures of metrics.jsonl for TensorBoard, too (`pip install 'mtllama[tensorboard]'`)."""
     save_every: int = 100
     """Steps between checkpoints."""
     keep: int = 2
@@ -53,6 +58,8 @@ class TrainConfig:
         for name in ("examples", "batch_size", "max_length", "tokens_per_pass", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; at least 1 is needed")
+        if self.spike and self.spike <= 1:
+            raise ValueError(f"train.spike is {self.spike}; a factor above 1 is needed, or 0 for none")
         if self.lr <= 0 or self.max_grad_norm <= 0:
             raise ValueError("train.lr and train.max_grad_norm must be positive")
         if self.compile and self.activation_checkpointing:
@@ -122,6 +129,8 @@ class Recipe:
     format: str = DEFAULT_FORMAT
     """Prompt format; it travels with the result as its chat template."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    save_dtype: Dtype = "auto"
+    """Dtype of the result's weights; `auto`: that of the base. They are trained in float32; what is narrower is rounded (see `loop.rounded`)."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     lora: LoraConfig | None = None
     """None: all weights are trained."""

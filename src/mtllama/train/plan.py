@@ -1,0 +1,248 @@
+"""What a run will need, before anything is paid for: memory of a rank by part, tokens, FLOPs, hours.
+
+The model is built without memory of its own (torch's fake tensors) from its config, and one pass is traced: what autograd
+keeps is counted, not guessed, for every architecture that can be trained. Nothing is downloaded but config and tokenizer.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mtllama.data.batching import Batch, pack
+from mtllama.data.mixture import Mixture
+from mtllama.data.prompt import Encoded, PromptEncoder, find_format
+from mtllama.errors import UserError
+from mtllama.model.find import find_model, load_tokenizer
+from mtllama.model.load import pick_device, pick_dtype
+from mtllama.train import lora
+from mtllama.train.flops import Flops
+from mtllama.train.loop import HEAD_ROWS, Objective
+from mtllama.train.recipe import Recipe
+
+SAMPLE = 512
+"""Examples whose lengths are looked at."""
+MEAN_TOKENS = 226
+"""Tokens of an example where the data is not at hand: the mean over 3,000 draws of T0's mixture (docs/scaling.md)."""
+MEAN_TARGETS = 37
+"""Target tokens of it."""
+CONSTANT = {"cpu": 650e6, "cuda": 1.5e9}
+"""Bytes that the libraries take themselves: measured on CPUs; on GPUs the usual size of a context and its work spaces."""
+SLACK = 1.08
+"""The allocator's share: what is freed and not yet used again. Measured on CPUs."""
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "huggyllama/llama-7b": ("llama", {}),  # LlamaConfig's defaults are LLaMA-7B
+    "meta-llama/Llama-3.1-8B": (
+        "llama",
+        {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072},
+    ),
+}
+"""Architectures of the shipped recipes' models, for when the hub cannot be asked."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank at the worst moment of a step, by what they hold."""
+
+    weights: float
+    gradients: float
+    moments: float
+    casts: float
+    """Copies in the compute dtype, and the layer that is gathered from all ranks."""
+    activations: float
+    logits: float
+    """Logits of target rows, their probabilities and gradients."""
+    libraries: float
+
+    @property
+    def peak(self) -> float:
+        """All of it. Gradients grow in the backward pass as activations shrink: the larger of the two counts."""
+        held = self.weights + self.moments + self.casts + max(self.gradients, self.activations + self.logits)
+        return held * SLACK + self.libraries
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need."""
+
+    parameters: int
+    trained: int
+    embedding: int
+    memory: Memory
+    peak: float
+    examples: int
+    steps: int
+    tokens: float
+    targets: float
+    flops: float
+    """Of the whole run, over all ranks."""
+    ranks: int
+    remarks: tuple[str, ...]
+
+    def hours(self, tokens_per_second: float) -> float:
+        """At so many tokens a second, over all ranks."""
+        return self.tokens / tokens_per_second / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return asdict(self)
+
+
+def plan(recipe: Recipe, *, ranks: int = 1, device: torch.device | None = None) -> Plan:
+    """Plan a run of the recipe on `ranks` processes, each with a device of this kind (default: what is here)."""
+    device = device or pick_device()
+    remarks: list[str] = []
+    config, files = _config(recipe, remarks)
+    examples, mean, mean_targets = _examples(recipe, files, remarks)
+    train = recipe.train
+    away = (
+        device.type != "cpu" and not torch.cuda.is_available()
+    )  # a GPU that is not here multiplies bfloat16, as all do that one trains on
+    compute = torch.bfloat16 if away and train.dtype == "auto" else pick_dtype(train.dtype, device)
+    sharded = recipe.parallel.strategy == "fsdp" or (recipe.parallel.strategy == "auto" and ranks > 1)
+    share = ranks if sharded else 1
+    model, batch, kept = _trace(recipe, config, examples, compute, device, ranks)
+    parameters = list(model.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    layers = model.get_decoder().layers
+    matrices = sum(parameter.numel() for parameter in layers.parameters() if parameter.ndim == 2)
+    head = model.get_output_embeddings().weight.numel()
+    narrow = compute.itemsize if compute != torch.float32 else 0
+    if sharded:  # one layer is there in the compute dtype, the next one comes; embedding and head are gathered as they are
+        rest = total - sum(parameter.numel() for parameter in layers.parameters())
+        casts = 2 * matrices / len(layers) * (narrow or 4) + rest * 4 + head * narrow
+    else:
+        casts = ((0 if recipe.lora else matrices) + head) * narrow
+    frozen = (compute.itemsize if recipe.lora else 4) * (total - trained)
+    rows = min(len(batch.targets), HEAD_ROWS)
+    memory = Memory(
+        weights=(4 * trained + frozen) / share,
+        gradients=4 * trained / share,
+        moments=8 * trained / share,
+        casts=casts,
+        activations=kept,
+        logits=3.0 * 4 * rows * model.config.vocab_size,
+        libraries=CONSTANT.get(device.type, CONSTANT["cuda"]),
+    )
+    flops = Flops.of(model)
+    lengths = [len(example.ids) for example in examples]
+    one = flops.step(lengths, 0) / len(lengths) + flops.step([], 1) * mean_targets
+    return Plan(
+        total,
+        trained,
+        model.get_input_embeddings().weight.numel(),
+        memory,
+        memory.peak,
+        train.examples,
+        train.num_steps,
+        train.examples * mean,
+        train.examples * mean_targets,
+        train.examples * one,
+        ranks,
+        tuple(remarks),
+    )
+
+
+def _config(recipe: Recipe, remarks: list[str]) -> tuple[Any, Any]:
+    """The model's config, and the folder of its tokenizer if there is one."""
+    from transformers import AutoConfig
+
+    try:
+        files = find_model(recipe.model, recipe.base, recipe.delta, weights=False).files
+    except UserError as error:
+        kind, settings = SHAPES.get(recipe.model or "", (None, {}))
+        if kind is None:
+            raise
+        remarks.append(f"{error}; its shape is known")
+        return AutoConfig.for_model(kind, **settings), None
+    try:
+        return AutoConfig.from_pretrained(files, local_files_only=True), files
+    except Exception as error:  # the library raises many kinds for a config that it cannot read
+        raise UserError(f"{files}/config.json cannot be read ({' '.join(str(error).split())[:160]})") from error
+
+
+def _examples(recipe: Recipe, files: Any, remarks: list[str]) -> tuple[list[Encoded], float, float]:
+    """Some examples of the run (their lengths are what counts), the mean number of their tokens, and of their targets."""
+    train = recipe.train
+    try:
+        if files is None:
+            raise UserError("there is no tokenizer to count with")
+        encoder = PromptEncoder(load_tokenizer(files), find_format(recipe.format), train.max_length)
+        mixture = Mixture(recipe.mixture)
+        draws = [mixture.draw(index) for index in range(min(train.examples, SAMPLE))]
+        found = [each for each in encoder.encode_batch([(d.example.inputs, d.example.targets) for d in draws if d.example]) if each]
+        if not found:
+            raise UserError("none of the first draws gives an example")
+    except UserError as error:
+        remarks.append(f"an example is taken to have {MEAN_TOKENS} tokens, {MEAN_TARGETS} of them trained on: {error}")
+        tokens = min(MEAN_TOKENS, train.max_length)
+        targets = min(MEAN_TARGETS, tokens - 1)
+        return [Encoded([0] * tokens, targets, cut=False)] * min(train.examples, 64), tokens, targets
+    num = len(draws)
+    return found, sum(len(each.ids) for each in found) / num, sum(each.num_target for each in found) / num
+
+
+def _materialize(model: Any) -> None:
+    """Put tensors of the current mode, on the CPU, in the places of those on `meta`; what is tied stays so."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None:
+                    if id(old) not in made:
+                        new = torch.empty(old.shape, dtype=old.dtype)
+                        made[id(old)] = torch.nn.Parameter(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+                    tensors[name] = made[id(old)]
+
+
+def _trace(
+    recipe: Recipe, config: Any, examples: list[Encoded], compute: torch.dtype, device: torch.device, ranks: int
+) -> tuple[Any, Batch, float]:
+    """A model without memory, the largest pass of one rank, and the bytes that autograd keeps of it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from mtllama.model.attention import SEGMENTS
+
+    train = recipe.train
+    each = max(1, train.batch_size // ranks)
+    passes = [batch for first in range(0, len(examples), each) for batch in pack(examples[first : first + each], train.tokens_per_pass)]
+    largest = max(passes, key=lambda batch: batch.ids.shape[1])
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{config.model_type} is no causal language model of transformers")
+    with torch.device("meta"):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(
+            config,
+            attn_implementation=SEGMENTS if device.type == "cpu" else "sdpa",  # our attention on CPUs keeps more than that on GPUs
+            dtype=compute if recipe.lora else torch.float32,
+        )
+    if recipe.lora:
+        lora.add(model, recipe.lora)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _materialize(model)
+        model.train()
+        full = _kept(model, largest, compute)
+        if not train.activation_checkpointing:
+            return model, largest, full
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # In the backward pass, one layer at a time is there in full.
+        return model, largest, _kept(model, largest, compute) + full / config.num_hidden_layers
+
+
+def _kept(model: Any, batch: Batch, compute: torch.dtype) -> float:
+    """Bytes that autograd keeps of a pass; the weights and their copies in the compute dtype not counted."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    shapes = {tuple(sorted(parameter.shape)) for parameter in model.parameters() if parameter.ndim == 2}
+    kept: dict[int, tuple[torch.Tensor, int]] = {}  # the tensors too, so that no storage is taken for another one's
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        is_copy = tensor.dtype == compute != torch.float32 and tuple(sorted(tensor.shape)) in shapes
+        if storage._cdata not in own and not is_copy:
+            kept[storage._cdata] = tensor, storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        Objective(model, compute)(batch)
+    return float(sum(num for _, num in kept.values()))

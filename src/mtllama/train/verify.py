@@ -1,0 +1,179 @@
+"""Whether a run is what it should be, on the user's own model and data: a short run in float32, done in several ways, must come out the same.
+
+Every way is a run of its own, by the same command as any other, in a folder beside the recipe's `out` that is removed again.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtllama import config as configs
+from mtllama import folders
+from mtllama.errors import UserError
+from mtllama.model.load import pick_device
+from mtllama.progress import progress
+from mtllama.train.journal import METRICS
+from mtllama.train.recipe import RECIPE, ParallelConfig, Recipe
+from mtllama.weights.shards import CheckpointReader
+
+WHAT = ("packing", "accumulation", "resume", "ranks")
+STEPS = 4
+"""Steps of each run."""
+ALLOWED = 1e-4
+"""Difference of a loss (nat) that rounding in float32 explains; losses are around 1, and float32 has 7 digits."""
+TRIES = 3
+"""A run is killed as soon as it has a checkpoint; one that is done by then is tried again."""
+LR = 1e-6
+"""Adam's first steps go by the signs of gradients alone: at a usual rate, rounding of those near zero would soon show in the losses."""
+LIMIT = 3600.0
+"""Seconds after which a run of a few steps is given up."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one comparison found."""
+
+    what: str
+    ways: str
+    """What was compared."""
+    num_steps: int
+    loss: float
+    """Largest difference of a loss: of a step or, within it, of a task (nat a target token)."""
+    norm: float
+    """Largest relative difference of a step's gradient norm."""
+    weight: float | None
+    """Largest difference of a weight at the end, where they must be the same."""
+    holds: bool
+
+
+def verify(recipe: Recipe, what: Sequence[str] = WHAT, *, steps: int = STEPS) -> list[Finding]:
+    """Compare ways to do the first `steps` steps of a recipe that must come to the same.
+
+    packing: examples one behind the other, against each in a pass of its own. accumulation: one pass a step, against several.
+    resume: killed with SIGKILL after a checkpoint and started again, against in one go. ranks: two processes, against one.
+    """
+    for each in what:
+        if each not in WHAT:
+            raise UserError(f"--what {each!r} is unknown; choose from {', '.join(WHAT)}")
+    work = recipe.out.with_name(recipe.out.name + ".verify")
+    train = replace(
+        recipe.train,
+        dtype="float32",
+        lr=min(recipe.train.lr, LR),
+        examples=steps * recipe.train.batch_size,
+        save_every=steps,
+        keep=1,
+        spike=0.0,
+        tensorboard=False,
+    )
+    longest = max(1, train.batch_size * train.max_length)
+    train = replace(train, tokens_per_pass=longest)
+    one = replace(recipe, out=work / "one", train=train, parallel=ParallelConfig(), save_dtype="float32")
+    if one.lora:
+        one = replace(one, lora=replace(one.lora, merge=True))
+    if recipe.lora and recipe.lora.dropout:
+        raise UserError("lora.dropout drops others in every way to pack; verify with lora.dropout=0")
+    shutil.rmtree(work, ignore_errors=True)
+    found = []
+    try:
+        with progress("verify", 1 + len(what)) as advance:
+            _run(one)
+            advance(note="one pass a step,")
+            for each in what:
+                found.append(_compare(each, one))
+                advance(note=f"{each},")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return found
+
+
+def _compare(what: str, one: Recipe) -> Finding:
+    work = one.out.parent
+    other = replace(one, out=work / what)
+    if what == "packing":
+        other = replace(other, train=replace(one.train, tokens_per_pass=1))
+        ways = f"all {one.train.batch_size} examples of a step behind each other, and each alone"
+        _run(other)
+    elif what == "accumulation":
+        tokens = _lines(one)[0]["tokens"] // 3 + 1
+        other = replace(other, train=replace(one.train, tokens_per_pass=tokens))
+        ways = f"one pass a step, and passes of {tokens} tokens"
+        _run(other)
+    elif what == "resume":
+        ways = "in one go, and killed after a checkpoint and started again"
+        other = replace(other, train=replace(one.train, save_every=1))
+        _run_killed(other)
+    else:
+        ways = "one process, and two with sharded weights"
+        _run(replace(other, parallel=replace(one.parallel, strategy="fsdp")), ranks=2)
+    loss, norm = _differences(_lines(one), _lines(other))
+    weight = _largest_difference(one.out, other.out) if what == "resume" else None
+    # On a GPU, sums of gradients may be added up in another order from run to run.
+    same = weight is None or weight <= (0.0 if pick_device().type == "cpu" else ALLOWED)
+    shutil.rmtree(other.out)
+    return Finding(what, ways, one.train.num_steps, loss, norm, weight, loss <= ALLOWED and same)
+
+
+def _command(recipe: Recipe, ranks: int) -> list[str]:
+    settings = recipe.out.with_name(recipe.out.name + ".recipe")
+    settings.mkdir(parents=True, exist_ok=True)
+    folders.write_json(settings / RECIPE, configs.to_dict(recipe))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *launch, "-m", "mtllama", "train", "run", str(settings)]
+
+
+def _run(recipe: Recipe, ranks: int = 1) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks)))}
+    done = subprocess.run(_command(recipe, ranks), capture_output=True, text=True, check=False, timeout=LIMIT, env=environment)
+    if done.returncode:
+        last = [line for line in done.stderr.splitlines() if line.strip()]
+        why = next((line for line in last if line.startswith("mtllama: ")), last[-1] if last else f"status {done.returncode}")
+        raise UserError(f"a run to compare with failed: {why.removeprefix('mtllama: ')}")
+
+
+def _run_killed(recipe: Recipe) -> None:
+    """Run it, kill it after its first checkpoint, and run it again to the end."""
+    checkpoints = recipe.out.with_name(recipe.out.name + ".partial") / "checkpoints"
+    for _ in range(TRIES):
+        process = subprocess.Popen(_command(recipe, 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not any(checkpoints.glob("step-*")):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == -signal.SIGKILL and any(checkpoints.glob("step-*")):
+            return _run(recipe)
+        if process.returncode != 0:
+            return _run(recipe)  # it tells what is wrong
+        shutil.rmtree(recipe.out)
+    raise UserError("the run was done before it could be killed; verify --what resume with more --steps")
+
+
+def _lines(recipe: Recipe) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (recipe.out / METRICS).read_text(encoding="utf-8").splitlines()]
+
+
+def _differences(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> tuple[float, float]:
+    """Largest difference of a loss, of a step or of a task within it, and largest relative difference of a gradient norm."""
+    if [line["tasks"].keys() for line in ours] != [line["tasks"].keys() for line in theirs]:
+        return math.inf, math.inf
+    losses, norms = [], []
+    for our, their in zip(ours, theirs, strict=True):
+        pairs = [(our["loss"], their["loss"]), *((our["tasks"][task]["loss"], their["tasks"][task]["loss"]) for task in our["tasks"])]
+        losses += [abs(one - other) if None not in (one, other) else math.inf for one, other in pairs]
+        norms.append(abs(our["grad_norm"] - their["grad_norm"]) / our["grad_norm"] if our["grad_norm"] else 0.0)
+    return max(losses), max(norms)
+
+
+def _largest_difference(ours: Path, theirs: Path) -> float:
+    one, other = CheckpointReader(ours), CheckpointReader(theirs)
+    return max(float((one.tensor(name).double() - other.tensor(name).double()).abs().max()) for name in one)

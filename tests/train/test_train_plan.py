@@ -1,0 +1,114 @@
+"""The plan of a run: counted parts are exact on the pico model, and the whole is near a real run's peak."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtllama import config as configs
+from mtllama.data.mixture import MixtureConfig
+from mtllama.errors import UserError
+from mtllama.model.find import find_model
+from mtllama.model.load import load_model
+from mtllama.train import plan as plans
+from mtllama.train.flops import Flops, matmul_rate
+from mtllama.train.recipe import LoraConfig, ParallelConfig, Recipe, TrainConfig, load_recipe
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def recipe(model: str, **train: object) -> Recipe:
+    settings = TrainConfig(**{"examples": 64, "batch_size": 8, "max_length": 256, "dtype": "float32", **train})  # type: ignore[arg-type]
+    return Recipe(out=Path("unused"), train=settings, model=model, mixture=MixtureConfig(dir=Path("sampler")))
+
+
+def test_counted_parts_are_those_of_the_model(pico: Path) -> None:
+    model = load_model(find_model(str(pico)), train=True).model
+    count = sum(parameter.numel() for parameter in model.parameters())
+    found = plans.plan(recipe(str(pico)), device=CPU)
+    assert count > 50_000
+    assert (found.parameters, found.trained, found.embedding) == (count, count, model.get_input_embeddings().weight.numel())
+    assert (found.memory.weights, found.memory.gradients, found.memory.moments) == (4 * count, 4 * count, 8 * count)
+    assert found.steps == 8 and found.peak > sum((found.memory.weights, found.memory.moments))
+
+
+def test_tokens_are_those_that_the_run_will_read(pico: Path, tmp_path: Path) -> None:
+    from mtllama import folders
+    from mtllama.train import loop
+
+    wanted = replace(recipe(str(pico)), out=tmp_path / "m")
+    found = plans.plan(wanted, device=CPU)
+    totals = (folders.read_manifest(loop.run(wanted)) or {})["totals"]
+    assert totals["tokens"] > 1000 and (found.tokens, found.targets) == (totals["tokens"], totals["targets"])
+
+
+def test_ranks_that_shard_divide_what_they_hold(pico: Path) -> None:
+    alone, four = plans.plan(recipe(str(pico)), device=CPU), plans.plan(recipe(str(pico)), ranks=4, device=CPU)
+    for part in ("weights", "gradients", "moments"):
+        assert vars(four.memory)[part] == vars(alone.memory)[part] / 4
+    whole = plans.plan(replace(recipe(str(pico)), parallel=ParallelConfig(strategy="ddp")), ranks=4, device=CPU)
+    assert whole.memory.moments == alone.memory.moments
+    assert four.flops == alone.flops == whole.flops and four.memory.activations < alone.memory.activations
+
+
+def test_less_is_kept_with_checkpointing_and_adapters_have_few_moments(pico: Path) -> None:
+    usual = plans.plan(recipe(str(pico)), device=CPU)
+    saved = plans.plan(recipe(str(pico), activation_checkpointing=True), device=CPU)
+    assert saved.memory.activations < 0.7 * usual.memory.activations  # of two layers, one is there in full
+    adapted = plans.plan(replace(recipe(str(pico)), lora=LoraConfig(rank=4)), device=CPU)
+    assert 0 < adapted.trained < usual.trained / 4 and adapted.memory.moments == 8 * adapted.trained
+    assert adapted.flops < usual.flops
+
+
+def test_a_7b_model_is_planned_without_its_weights() -> None:
+    wanted = load_recipe(Path("mt-llama-7b"))
+    found = plans.plan(wanted, ranks=8, device=CUDA)
+    assert found.parameters == 6_738_415_616  # as its authors count
+    assert found.memory.weights == 4 * 6_738_415_616 / 8
+    assert found.examples == 4_800_000 and any("its shape is known" in remark for remark in found.remarks)
+    assert found.hours(1000.0) == pytest.approx(found.tokens / 3.6e6)
+    with pytest.raises(UserError, match="cannot be fetched"):
+        plans.plan(load_recipe(Path("mt-llama-7b"), ["model=nobody/knows-it"]), device=CPU)
+
+
+def test_flops_are_six_a_weight_and_token_and_those_of_attention(pico: Path) -> None:
+    model = load_model(find_model(str(pico)), train=True).model
+    flops = Flops.of(model)
+    layers = sum(p.numel() for name, p in model.named_parameters() if "layers" in name and p.ndim == 2)
+    config = model.config
+    assert flops.matrices == flops.trained == layers and flops.head == config.vocab_size * config.hidden_size
+    one = flops.step([1], 0)
+    assert one == 6 * layers + 6 * config.num_hidden_layers * config.hidden_size
+    assert flops.step([10, 20], 5) == 6 * layers * 30 + 6 * config.num_hidden_layers * config.hidden_size * 500 + 6 * flops.head * 5
+    assert matmul_rate(CPU, torch.float32) > 1e8
+
+
+def test_the_command_prints_the_plan_as_text_and_as_json(pico: Path) -> None:
+    words = [sys.executable, "-m", "mtllama", "train", "plan", "quickstart", f"model={pico}", "--tokens-per-second", "100"]
+    text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "parameters" in text and "at 100 tokens/s" in text and "GB on one process" in text
+    found = json.loads(subprocess.run([*words, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert found["hours"] == pytest.approx(found["tokens"] / 360_000) and found["memory"]["weights"] == 4 * found["parameters"]
+    wrong = subprocess.run([*words, "--ranks", "0"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("settings", [{}, {"tokens_per_pass": 512, "max_length": 256}, {"batch_size": 32, "tokens_per_pass": 4096}])
+def test_the_planned_peak_is_within_15_percent_of_a_real_run(settings: dict[str, int], smollm2: Path, tmp_path: Path) -> None:
+    """The 135M model; the peak as the kernel counts it (VmHWM), over three steps."""
+    overrides = [f"train.{key}={value}" for key, value in settings.items()]
+    wanted = load_recipe(Path("quickstart"), [f"model={smollm2}", f"train.examples={3 * settings.get('batch_size', 8)}", *overrides])
+    planned = plans.plan(wanted, device=CPU).peak
+    program = (
+        "import sys, json, resource; from pathlib import Path; from mtllama.train import loop; from mtllama.train.recipe import load_recipe;"
+        "loop._finish = lambda *rest: None; loop.run(load_recipe(Path(sys.argv[1]), sys.argv[2:]));"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    words = [sys.executable, "-c", program, "quickstart", f"out={tmp_path / 'm'}", f"model={smollm2}"]
+    done = subprocess.run([*words, f"train.examples={wanted.train.examples}", *overrides], capture_output=True, text=True, check=True)
+    assert planned == pytest.approx(int(done.stdout.split()[-1]), rel=0.15), configs.to_dict(wanted)
