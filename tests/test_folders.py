@@ -243,10 +243,11 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path: Path) -
     out = tmp_path / "out"
     left, other = left_by(dead_process(), out, "partial"), left_by(dead_process(), tmp_path / "other", "partial")
     running, elsewhere = left_by(os.getppid(), out, "partial"), tmp_path / f".out.elsewhere.{dead_process()}.partial"
+    fetched = left_by(dead_process(), out, "fetched")
     elsewhere.mkdir()
     with folders.new_folder(out) as folder:
         (folder / "file").write_text("new", encoding="utf-8")
-    assert not left.exists()
+    assert not left.exists() and not fetched.exists()
     assert other.exists() and running.exists() and elsewhere.exists()  # not ours, or not dead as far as we know
     assert (out / "file").read_text(encoding="utf-8") == "new"
 

@@ -561,3 +561,14 @@ def test_another_file_of_the_target_is_verified_too(pico: Path, target: Path, ma
         delta.verify(other, made)
     with pytest.raises(UserError, match="is not the target of"):
         delta.verify(pico, made)
+
+
+def test_what_of_the_targets_folder_is_not_in_the_delta_is_told(pico: Path, tmp_path: Path) -> None:
+    target = with_weights(pico, tmp_path / "target", add_noise)
+    (target / "original").mkdir()
+    (target / "model.gguf").write_bytes(b"another form of the weights")
+    (target / "notes.txt").write_text("carried", encoding="utf-8")
+    (target / ".hidden").write_text("nobody asks", encoding="utf-8")
+    summary = delta.make(pico, target, tmp_path / "delta")
+    assert summary.left_out == ("model.gguf", "original")
+    assert (tmp_path / "delta" / FILES / "notes.txt").is_file()

@@ -451,3 +451,8 @@ def test_a_tensor_said_to_be_larger_than_its_file_is_refused(tmp_path: Path) -> 
     assert (tmp_path / BIN_SINGLE).stat().st_size < 10_000
     with pytest.raises(UserError, match="tensor a is larger than its file; refused"):
         CheckpointReader(tmp_path)
+
+
+@pytest.mark.parametrize("tensor", [torch.arange(12.0)[::2][:1], torch.zeros(3, 0), torch.arange(6).view(2, 3).t(), torch.tensor(2.5)])
+def test_raw_bytes_are_those_of_the_values_in_order_whatever_the_strides(tensor: torch.Tensor) -> None:
+    assert bytes(raw_bytes(tensor)) == tensor.numpy().tobytes()
