@@ -1,5 +1,6 @@
 """Attention that keeps to its segment, for rows in which several examples stand one behind the other."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,8 +55,8 @@ class _Segments(torch.autograd.Function):
         kept = []
         for start, first, last in _blocks(segments):
             q, k, v = _rows(query, key, first, last), key[0, :, start:last], value[0, :, start:last]
-            above = torch.full((last - first, last - start), -torch.inf, dtype=q.dtype).triu_(first - start + 1)
-            scores = torch.baddbmm(above.repeat(heads // len(k), 1), q, k.transpose(1, 2), alpha=scale)  # [kv_heads, groups * rows, keys]
+            above = _above(heads // len(k), last - first, last - start, q.dtype)
+            scores = torch.baddbmm(above, q, k.transpose(1, 2), alpha=scale)  # [kv_heads, groups * rows, keys]
             probabilities = torch.softmax(scores, dim=-1)
             out[first:last] = _seq_first(torch.bmm(probabilities, v), last - first)
             kept.append(probabilities)
@@ -86,6 +87,12 @@ def _blocks(segments: list[int]) -> Iterator[tuple[int, int, int]]:
         for first in range(start, start + length, ROWS):
             yield start, first, min(first + ROWS, start + length)
         start += length
+
+
+@functools.lru_cache(64)  # every layer asks for the same ones
+def _above(groups: int, rows: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """Minus infinity where one of the last `rows` of `keys` places would look ahead, for each head that shares a key. [groups * rows, keys]"""
+    return torch.full((rows, keys), -torch.inf, dtype=dtype).triu_(keys - rows + 1).repeat(groups, 1)
 
 
 def _rows(query: torch.Tensor, key: torch.Tensor, first: int, last: int) -> torch.Tensor:

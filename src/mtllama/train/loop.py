@@ -41,6 +41,8 @@ from mtllama.weights.shards import CheckpointReader, CheckpointWriter, TensorInf
 
 HEAD_ROWS = 512
 """Target rows whose logits are held at a time: there may be as many as a pass has tokens, and a row is a vocabulary long."""
+BEFORE_MATRICES = ("input_layernorm", "post_attention_layernorm")
+"""Norms whose outputs are multiplied with matrices and go nowhere else, by the names that the LLaMA family has for them."""
 COMPILED = "mtllama_segments_compiled"
 """Segment attention within compiled layers: it is given the batch, since they would be compiled anew for every length of a list."""
 HOW = ("activation_checkpointing", "compile", "tokens_per_pass", "save_every", "keep", "tensorboard")
@@ -78,6 +80,11 @@ class Objective(torch.nn.Module):
     def __init__(self, model: Any, compute: torch.dtype) -> None:
         super().__init__()
         self.model, self.compute = model, compute
+        if compute != torch.float32:
+            # What stands behind a norm goes into several matrix products: cast once, it is kept once, not in a copy for each of them.
+            for name, module in model.get_decoder().layers.named_modules():
+                if name.rpartition(".")[2] in BEFORE_MATRICES:
+                    module.register_forward_hook(lambda module, inputs, output: output.to(compute))
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """As `target_losses`, with matrix products in the compute dtype."""
