@@ -177,6 +177,9 @@ def test_the_commands_of_the_catalogue_and_mixture_print_what_they_promise(
     assert {"copa", "winogrande", "wic", "mnli", "rte", "anli_r1", "cb", "wsc", "hellaswag", "xcopa-et"} <= {
         task["name"] for task in listed
     }
+    pairs = {task["name"] for task in json.loads(out("tasks", "list", "--json")) if len(task["languages"]) == 2}
+    assert {"xquad-de-en", "mlqa-en-de"} <= pairs and not pairs & set(out("tasks", "list").split())
+    assert "metrics accuracy, macro-f1;" in out("tasks", "show", "cb")
     assert "Help me pick the more plausible option" in out("tasks", "show", "copa")
     rendered = json.loads(out("tasks", "render", "copa", "--index", "3", "--json"))
     assert rendered[0]["targets"] in rendered[0]["choices"]

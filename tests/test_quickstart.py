@@ -7,7 +7,7 @@ import pytest
 
 from mtllama import quickstart
 from mtllama.errors import UserError
-from mtllama.evaluate import runner
+from mtllama.evaluate import items
 from mtllama.train import loop
 
 SMALL = ("train.examples=16", "train.batch_size=8", "train.lr=1e-3")
@@ -16,8 +16,8 @@ SMALL = ("train.examples=16", "train.batch_size=8", "train.lr=1e-3")
 @pytest.fixture(autouse=True)
 def few_items(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six items a task are enough to see the steps."""
-    whole = runner.sample_indices
-    monkeypatch.setattr(runner, "sample_indices", lambda n, limit, seed: whole(n, 6, seed))
+    whole = items.sample_indices
+    monkeypatch.setattr(items, "sample_indices", lambda n, limit, seed: whole(n, 6, seed))
 
 
 def test_a_run_that_was_cut_off_goes_on_and_does_nothing_twice(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ def override(kind: type[Config], values: dict[str, Any], where: str, words: Sequ
 def build(kind: type[Config], values: dict[str, Any], where: str, prefix: str = "") -> Config:
     """Make the dataclass `kind` of `values`, checking names and types; `where` names the source in errors."""
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     arguments = {}
     for key, value in values.items():
         if key not in fields:
@@ -57,6 +58,12 @@ def build(kind: type[Config], values: dict[str, Any], where: str, prefix: str = 
         return kind(**arguments)
     except (ValueError, UserError) as error:
         raise UserError(f"{where}: {error}") from error
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """Field -> type of a dataclass; kept, since a catalogue asks for those of a few kinds a thousand times."""
+    return typing.get_type_hints(kind)
 
 
 def _convert(hint: Any, value: Any, where: str, key: str) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from mtllama import config, folders
 from mtllama.errors import UserError
 from mtllama.evaluate import protocols, report, runner
+from mtllama.evaluate.items import EvalConfig
 from mtllama.model.convert import NAME
 from mtllama.model.engine import Engine
 from mtllama.model.find import find_model
@@ -94,7 +95,7 @@ def _plan(out: Path, recipe: Recipe, base: str) -> list[Step]:
     def evaluate(folder: Path, name: str) -> None:
         engine = Engine(load_model(find_model(name), format=recipe.format))
         # Choices are ranked and questions answered in text; the other combinations are `mtllama eval`'s to show.
-        runner.evaluate(engine, runner.EvalConfig(protocols=(protocols.PRIMARY,)), folder)
+        runner.evaluate(engine, EvalConfig(protocols=(protocols.PRIMARY,)), folder)
 
     def show_chat() -> None:
         chat = Chat(Engine(load_model(find_model(str(restored)))), max_new_tokens=64)
@@ -140,7 +141,7 @@ def _show(out: Path, base: str, seconds: float) -> None:
     command = _command()
     print("\nto go on:")
     print(f"  {command} chat --base {base} --delta {out / 'delta'}")
-    print(f"  {command} eval {out / 'tuned'} --suite sampler --protocol rank,generate --out {out / 'eval-both'}")
+    print(f"  {command} eval {out / 'tuned'} --suite sampler --protocol all --out {out / 'eval-both'}")
     print(f"  {command} mix plan quickstart")
 
 

@@ -1,5 +1,6 @@
 """The report: its numbers are those of the records, its text is safe, and it refuses what cannot be compared."""
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -12,9 +13,11 @@ import pytest
 from scipy.stats import binomtest
 
 from mtllama.errors import UserError
-from mtllama.evaluate import protocols, stats
-from mtllama.evaluate.report import compare, table, write_report
-from mtllama.evaluate.runner import _summary, read_run
+from mtllama.evaluate import protocols, sections, stats
+from mtllama.evaluate.compare import Run, agreements, by_job, compare, differing, read
+from mtllama.evaluate.figures import Bars, draw_bars
+from mtllama.evaluate.report import table, write_report
+from mtllama.evaluate.runner import SCHEMA, read_run, summarize
 
 SST2_BASE, SST2_TUNED = "0001010011" * 4, "1101111011" * 4
 COPA_BASE, COPA_TUNED = "0110" * 10, "1010" * 10
@@ -22,75 +25,83 @@ SQUAD_BASE, SQUAD_TUNED = [0.0, 0.5, 0.0, 1.0] * 10, [1.0, 0.5, 0.25, 1.0] * 10
 EVIL = "<script>alert('x')</script> a|b `c`\n<img src=x onerror=alert(1)>"
 
 
-def choice_record(task: str, protocol: str, i: int, right: int, *, prediction: str | None = None) -> dict[str, Any]:
+def choice_record(
+    task: str, kind: str, i: int, right: int, *, prediction: str | None = None, template: str = "mt-llama", mean_right: int | None = None
+) -> dict[str, Any]:
+    """A raw record that `rank` (or generation) judges right or not; `rank-mean` likewise, or as `mean_right` has it."""
     choices, gold = ["No", "Yes"], i % 2
     picked = gold if right else 1 - gold
-    unparsed = protocol == "generate" and not right
+    logprobs = [[-1.0 - (picked == 1)], [-1.0 - (picked == 0)]]
+    if mean_right is not None and bool(mean_right) != bool(right):
+        logprobs[1 - picked] = [-0.75, -0.75]  # less in sum, more a token
+    ranked = {"logprobs": logprobs, "unconditional": None, "choice_ids": [[1], [2]]}
+    text = {"text": choices[picked] if right else prediction or "neither"}
     return {
         "task": task,
-        "template": "mt-llama",
-        "protocol": protocol,
+        "template": template,
         "item_id": str(i),
+        "row": i,
+        "kind": kind,
+        "sha256": "",
+        "metrics": ["accuracy"],
         "prompt": f"prompt {i}",
         "prompt_ids": [1],
         "cut": False,
         "choices": choices,
-        "choice_ids": None,
-        "scores": [-1.0 - (picked == 1), -1.0 - (picked == 0)] if protocol == "rank" else None,
-        "prediction": prediction or choices[picked],
-        "predicted_index": picked,
         "gold": choices[gold],
         "gold_index": gold,
-        "correct": bool(right),
-        "unparsed": unparsed,
-    }
+        "references": [choices[gold]],
+    } | (ranked if kind == "score" else text)
 
 
-def text_record(i: int, f1: float, *, prediction: str = "an answer") -> dict[str, Any]:
-    return {
-        "task": "squad",
-        "template": "mt-llama",
-        "protocol": "generate",
+def text_record(i: int, f1: float, *, prediction: str = "") -> dict[str, Any]:
+    """The answer is one word; more words around it make the F1 smaller."""
+    texts = {0.0: prediction or "wrong", 1.0: "an answer", 0.5: "answer x y", 0.25: "answer a1 b1 c1 d1 e1 f1"}
+    return choice_record("squad", "generate", 0, 1) | {
         "item_id": f"q{i}",
+        "row": i,
+        "metrics": ["f1", "em"],
         "prompt": "context " * 5,
-        "prompt_ids": [1],
-        "cut": False,
         "choices": None,
-        "choice_ids": None,
-        "scores": None,
-        "prediction": prediction,
-        "gold": ["the answer", "answer"],
-        "correct": f1 == 1.0,
-        "f1": f1,
-        "em": float(f1 == 1.0),
-        "unparsed": False,
+        "gold": "answer",
+        "gold_index": None,
+        "references": ["the answer", "answer"],
+        "text": texts[f1],
     }
 
 
-def records_of(sst2: str, copa: str, squad: list[float], prediction: str = "an answer") -> list[dict[str, Any]]:
+def records_of(sst2: str, copa: str, squad: list[float], prediction: str = "") -> list[dict[str, Any]]:
     return [
-        *(choice_record("sst2", "rank", i, int(c)) for i, c in enumerate(sst2)),
+        *(choice_record("sst2", "score", i, int(c)) for i, c in enumerate(sst2)),
         *(choice_record("sst2", "generate", i, int(c), prediction=prediction) for i, c in enumerate(sst2)),
-        *(choice_record("copa", "rank", i, int(c)) for i, c in enumerate(copa)),
+        *(choice_record("copa", "score", i, int(c)) for i, c in enumerate(copa)),
         *(text_record(i, f1, prediction=prediction) for i, f1 in enumerate(squad)),
     ]
 
 
-def save_run(folder: Path, records: list[dict[str, Any]], name: str, **settings: Any) -> Path:
-    jobs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def save_run(
+    folder: Path, records: list[dict[str, Any]], name: str, *, ways: Sequence[str] = ("rank", "generate"), **settings: Any
+) -> Path:
     tasks: dict[str, Any] = {}
-    for record in records:
-        jobs.setdefault((record["task"], record["protocol"]), []).append(record)
-    for (task, protocol), group in jobs.items():
-        facts = {"split": "validation", "note": "", "data": f"{task}.jsonl", "skipped": 0, "templates": {}}
-        tasks.setdefault(task, {})[protocol] = _summary("f1" if task == "squad" else "accuracy", group) | facts
+    facts = {"split": "validation", "note": "", "skipped": 0}
+    for task in dict.fromkeys(record["task"] for record in records):
+        for way in ways:
+            group = [record for record in records if record["task"] == task and way in protocols.of_record(record)]
+            if group:
+                tasks.setdefault(task, {})[way] = summarize(group, way) | facts | {"data": f"{task}.jsonl"}
     model = {"name": name, "folder": str(folder / "model"), "delta": None, "parameters": 1000, "weights_sha256": name, "recipe": None}
-    results = {"schema": 1, "model": model, "format": "mtllama", "dtype": "float32", "suite": "sampler", "seed": 0, "limit": None}
+    results = {"schema": SCHEMA, "model": model, "format": "mtllama", "dtype": "float32", "suite": "sampler", "seed": 0, "limit": None}
     results |= {"versions": {"mtllama": "0"}, "missing": {}, "tasks": tasks} | settings
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
+
+
+def in_memory(folder: Path, records: list[dict[str, Any]]) -> Run:
+    """A run with other records than those of its file."""
+    results, _ = read_run(folder)
+    return Run("other", folder, results, by_job(results, records))
 
 
 @pytest.fixture
@@ -108,7 +119,7 @@ def differences(before: Sequence[Any], after: Sequence[Any]) -> list[float]:
 
 
 def test_a_difference_its_interval_and_its_p_are_those_of_the_paired_items(base: Path, tuned: Path) -> None:
-    comparison = compare(read_run(base), read_run(tuned))
+    comparison = compare(read(base, "base"), read(tuned, "tuned"))
     found = {(row.task, row.protocol): row for row in comparison.tasks}
     paired = {("sst2", "rank"): differences(SST2_BASE, SST2_TUNED), ("squad", "generate"): differences(SQUAD_BASE, SQUAD_TUNED)}
     for job, values in paired.items():
@@ -118,12 +129,15 @@ def test_a_difference_its_interval_and_its_p_are_those_of_the_paired_items(base:
         assert row.ci95 == pytest.approx(tuple(100 * np.quantile(draws, (0.025, 0.975))), abs=1.5)
     sst2 = paired["sst2", "rank"]
     mcnemar = binomtest(sst2.count(1.0), sst2.count(1.0) + sst2.count(-1.0)).pvalue
-    assert found["sst2", "rank"].p == pytest.approx(mcnemar, abs=0.01)
+    assert found["sst2", "rank"].p == pytest.approx(mcnemar, rel=1e-9)
+    assert (found["sst2", "rank"].better, found["sst2", "rank"].worse) == (sst2.count(1.0), sst2.count(-1.0))
+    assert found["sst2", "rank"].detectable == pytest.approx(100 * (stats.detectable_effect(sst2) or 0))
+    assert (found["sst2", "rank"].chance, found["sst2", "rank"].majority) == (50.0, 50.0)
     assert found["copa", "rank"].p > 0.9 and found["copa", "rank"].difference == 0
 
 
 def test_a_mean_takes_each_task_by_its_primary_protocol_and_all_its_items(base: Path, tuned: Path) -> None:
-    data_sets, unseen_tasks = compare(read_run(base), read_run(tuned)).means
+    data_sets, unseen_tasks = compare(read(base, "base"), read(tuned, "tuned")).means
     every = [differences(SST2_BASE, SST2_TUNED), differences(SQUAD_BASE, SQUAD_TUNED)]
     assert set(zip(data_sets.tasks, data_sets.protocols, strict=True)) == {("sst2", "rank"), ("squad", "generate")}
     assert data_sets.num_items == 80
@@ -133,19 +147,13 @@ def test_a_mean_takes_each_task_by_its_primary_protocol_and_all_its_items(base: 
 
 
 def test_the_order_of_the_records_does_not_matter(base: Path) -> None:
-    results, records = read_run(base)
-    assert all(row.difference == 0 and row.p == 1 for row in compare((results, records), (results, records[::-1])).tasks)
-
-
-def test_holm_equals_the_example_by_hand() -> None:
-    # 4 x 0.005, 3 x 0.01, then 2 x 0.03 = 0.06, which the larger p of 0.04 may not undercut.
-    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert stats.holm([0.9, 0.8]) == [1.0, 1.0]
-    assert stats.holm([]) == []
+    _, records = read_run(base)
+    rows = compare(read(base, "base"), in_memory(base, records[::-1])).tasks
+    assert len(rows) == 4 and all(row.difference == 0 and row.p == 1 for row in rows)
 
 
 def test_p_is_adjusted_over_the_tasks_of_its_protocol(base: Path, tuned: Path) -> None:
-    rows = compare(read_run(base), read_run(tuned)).tasks
+    rows = compare(read(base, "base"), read(tuned, "tuned")).tasks
     for protocol in protocols.PROTOCOLS:
         same = [row for row in rows if row.protocol == protocol]
         assert [row.p_holm for row in same] == pytest.approx(stats.holm([row.p for row in same]))
@@ -159,16 +167,16 @@ def test_runs_over_different_items_are_refused_by_the_name_of_the_task(base: Pat
 
 
 def test_items_of_one_id_but_another_answer_are_refused(base: Path) -> None:
-    results, records = read_run(base)
+    _, records = read_run(base)
     other = [record | {"gold": "Maybe"} if record["task"] == "copa" and record["item_id"] == "3" else record for record in records]
     with pytest.raises(UserError, match=r"copa .*item 3"):
-        compare((results, records), (results, other))
+        compare(read(base, "base"), in_memory(base, other))
 
 
 def test_runs_with_nothing_in_common_are_refused(base: Path, tmp_path: Path) -> None:
-    other = save_run(tmp_path / "other", [choice_record("wic", "rank", 0, 1)], "other")
+    other = save_run(tmp_path / "other", [choice_record("wic", "score", 0, 1)], "other")
     with pytest.raises(UserError, match="no task and protocol in common"):
-        compare(read_run(base), read_run(other))
+        compare(read(base, "base"), read(other, "other"))
 
 
 def test_records_that_do_not_fit_their_results_are_refused(base: Path, tmp_path: Path) -> None:
@@ -198,11 +206,50 @@ def test_the_html_is_one_file_in_which_a_models_text_stays_text(base: Path, tune
     page = Tags(text)
     assert "&lt;script&gt;alert(" in text, "the answer is not shown, so nothing was proved"
     assert "script" not in page.tags and not [name for name, _ in page.attributes if name.startswith("on")]
-    sources = [value for name, value in page.attributes if name == "src"]
-    assert len(sources) == 2 and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert "link" not in page.tags and not re.search(r"url\(|@import", text)
-    assert page.tags.count("th") == len([name for name, _ in page.attributes if name == "scope"])
-    assert page.tags.count("img") == len([value for name, value in page.attributes if name == "alt" and value])
+    assert page.tags.count("svg") == 3 and not {"link", "img", "iframe", "image"} & set(page.tags)
+    links = [value for name, value in page.attributes if name in ("href", "src", "xlink:href")]
+    assert links and all(link.startswith("#") for link in links), "something is fetched from outside"
+    assert not re.search(r"url\((?!#)|@import", text)
+
+
+def test_the_html_can_be_read_without_eyes_or_mouse(base: Path, tuned: Path, tmp_path: Path) -> None:
+    write_report([base, tuned], tmp_path / "out")
+    text = (tmp_path / "out" / "report.html").read_text()
+    page = Tags(text)
+    assert page.tags.count("th") == len([name for name, _ in page.attributes if name == "scope"]) > 100
+    assert page.tags.count("table") == page.tags.count("caption") == text.count('role="region"')
+    assert "<caption><span></span>" not in text
+    assert page.tags.count("svg") == text.count('role="img"') == len(re.findall(r'role="img" aria-label="(?:Bars|Loss) [^"]{20,}"', text))
+    headings = [int(tag[1]) for tag in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == 1 and headings.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(headings)), "a level of headings is left out"
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 10
+    pointed = {value[1:] for name, value in page.attributes if name in ("href", "xlink:href")} | set(re.findall(r"url\(#([^)]+)\)", text))
+    assert pointed <= set(ids) and "content" in pointed
+    assert 'lang="en"' in text and text.index('class="skip"') < text.index("<header>")
+
+
+def test_the_writing_has_contrast_in_light_and_in_dark() -> None:
+    source = (Path(sections.__file__).parent / "report.html.jinja").read_text()
+    themes = re.findall(r":root \{(.*?)\}", source, re.DOTALL)
+    assert len(themes) == 2
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    def contrast(first: str, second: str) -> float:
+        light, dark = sorted((luminance(first), luminance(second)), reverse=True)
+        return (light + 0.05) / (dark + 0.05)
+
+    for theme in themes:
+        colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", theme))
+        grounds = [colours[name] for name in ("ground", "card", "note", "pre")]
+        assert min(contrast(colours[name], ground) for name in ("ink",) for ground in grounds) >= 7
+        assert min(contrast(colours[name], ground) for name in ("soft", "accent") for ground in grounds[:2]) >= 4.5
+        assert min(contrast(colours[name], colours["card"]) for name in ("bar", "majority", "blue", "brown")) >= 3
 
 
 def test_the_markdown_keeps_a_models_text_out_of_its_tables_and_tags(base: Path, tuned: Path, tmp_path: Path) -> None:
@@ -212,7 +259,7 @@ def test_the_markdown_keeps_a_models_text_out_of_its_tables_and_tags(base: Path,
     blocks = [[line for line in block.splitlines() if line.startswith("|")] for block in text.split("\n\n")]
     for rows in filter(None, blocks):
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, rows
-    assert text.count("<details>") == text.count("</details>") == 12
+    assert text.count("<details>") == text.count("</details>") > 12
 
 
 def test_the_headline_says_what_was_shown_and_what_was_not(base: Path, tuned: Path, tmp_path: Path) -> None:
@@ -231,27 +278,30 @@ def test_the_headline_says_what_was_shown_and_what_was_not(base: Path, tuned: Pa
 def test_the_published_numbers_are_shown_as_another_models_with_a_warning(base: Path, tuned: Path, tmp_path: Path) -> None:
     write_report([base, tuned], tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| squad | 29.4 EM 11.5 | 85.9 EM 77.6 |" in text and "DAMO-NLP-SG/MT-LLaMA" in text
+    assert "| squad | 29.4 EM 11.5 | 85.9 EM 77.6 | – | – |" in text and "DAMO-NLP-SG/MT-LLaMA" in text
     assert "Not comparable: our columns are on the embedded sampler data" in text
 
 
 def test_real_data_carries_no_sampler_warning_and_unlike_settings_are_named(tmp_path: Path) -> None:
     records = records_of(SST2_BASE, COPA_BASE, SQUAD_BASE)
     base = save_run(tmp_path / "base", records, "Pico", suite="mt-llama", missing={"rte": "rte: no file for the split validation"})
-    plain = save_run(tmp_path / "plain", records, "Pico", suite="mt-llama", format="plain", dtype="bfloat16")
+    plain = save_run(
+        tmp_path / "plain", records, "Pico", suite="mt-llama", format="plain", dtype="bfloat16", versions={"mtllama": "0", "torch": "2"}
+    )
     write_report([base, plain], tmp_path / "out")
     notes = json.loads((tmp_path / "out" / "comparison.json").read_text())["notes"]
     assert (
         'The runs differ in format: base "mtllama"; tuned "plain".' in notes
         and 'The runs differ in dtype: base "float32"; tuned "bfloat16".' in notes
     )
+    assert 'The runs differ in versions, torch: base null; tuned "2".' in notes and not any("versions, mtllama" in note for note in notes)
     assert "Missing in base: rte: no file for the split validation." in notes and "All runs measured the same weights." in notes
     assert "sampler" not in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_protocol_that_one_run_lacks_is_left_out_and_said(base: Path, tmp_path: Path) -> None:
     records = [
-        record for record in records_of(SST2_TUNED, COPA_TUNED, SQUAD_TUNED) if (record["task"], record["protocol"]) != ("sst2", "rank")
+        record for record in records_of(SST2_TUNED, COPA_TUNED, SQUAD_TUNED) if (record["task"], record["kind"]) != ("sst2", "score")
     ]
     tuned = save_run(tmp_path / "tuned", records, "Pico + tuned")
     write_report([base, tuned], tmp_path / "out")
@@ -266,8 +316,8 @@ def test_one_run_alone_and_three_runs_work(base: Path, tuned: Path, tmp_path: Pa
         "report.md",
         "report.html",
         "comparison.json",
-        "figures/results.png",
-        "figures/generated.png",
+        "differing.jsonl",
+        *(f"figures/{name}.{kind}" for name in ("results", "families", "generated") for kind in ("png", "svg")),
     }
     assert all(file.is_file() and file.stat().st_size > 0 for file in files)
     assert json.loads((tmp_path / "one" / "comparison.json").read_text())["comparisons"] == []
@@ -318,3 +368,122 @@ def test_the_table_groups_tasks_and_shows_interval_exact_match_and_unparsed(base
     assert re.search(r"f1 +40 +– +– +37\.5 \[.*\] EM 25\.0 +68\.8 \[.*\] EM 50\.0$", by_job["squad", "generate"])
     assert re.search(r"accuracy +40 +50\.0 +50\.0 +40\.0 \[.*\] 24 unparsed", by_job["sst2", "generate"])
     assert "unparsed" not in by_job["sst2", "rank"] and lines.index(by_job["copa", "rank"]) > lines.index("Unseen tasks")
+
+
+RANKED, MEANED = "1101" * 5, "1011" * 5
+"""Right answers of two protocols: of every four items they agree on the first and the last."""
+
+
+@pytest.fixture
+def both_ways(tmp_path: Path) -> Path:
+    meaned = MEANED[:16] + "0000"
+    records = [choice_record("sst2", "score", i, int(c), mean_right=int(m)) for i, (c, m) in enumerate(zip(RANKED, meaned, strict=True))]
+    return save_run(tmp_path / "both", records, "Pico", ways=("rank", "rank-mean"))
+
+
+def test_the_agreement_of_two_protocols_is_counted_by_what_they_chose(both_ways: Path) -> None:
+    (pair,) = agreements(read(both_ways, "model"))
+    assert (pair.task, pair.first, pair.second, pair.num_items) == ("sst2", "rank", "rank-mean", 20)
+    # 2 of every 4 for the first 16 items; of the last four, rank is right on 1, 2 and 4 and so agrees on the third only.
+    assert pair.agreement == pytest.approx(100 * 9 / 20)
+    assert (pair.better, pair.worse) == (4, 7) and pair.p == pytest.approx(binomtest(4, 11).pvalue)
+    assert (pair.before, pair.after) == (75.0, 60.0) and pair.difference == pytest.approx(-15.0)
+    assert (pair.chance, pair.majority) == (50.0, 50.0)
+
+
+def test_the_items_on_which_protocols_differ_are_all_listed(both_ways: Path, tmp_path: Path) -> None:
+    odd = differing(read(both_ways, "model"), "sst2")
+    assert [int(key[0]) for key, _ in odd] == [1, 2, 5, 6, 9, 10, 13, 14, 16, 17, 19]
+    write_report([both_ways], tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "differing.jsonl").read_text().splitlines()]
+    assert [int(line["item_id"]) for line in lines] == [int(key[0]) for key, _ in odd]
+    first = lines[0]
+    assert first["answers"] == {"rank": "Yes", "rank-mean": "No"} and first["right"] == ["rank"] and first["right_answer"] == "Yes"
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "sst2, model: the protocols differ on 11 of 20 items" in text and "| Item 1 | Yes | **✓ Yes** | No |" in text
+    assert re.search(r"\| rank \| – \| 45\.0 \|", text), "the matrix of agreement"
+
+
+def test_a_report_of_one_protocol_says_nothing_of_agreement(tmp_path: Path) -> None:
+    records = [choice_record("sst2", "score", i, int(c)) for i, c in enumerate(RANKED)]
+    run = save_run(tmp_path / "one", records, "Pico")
+    write_report([run], tmp_path / "out")
+    assert "## Protocols" not in (tmp_path / "out" / "report.md").read_text() and not (tmp_path / "out" / "differing.jsonl").exists()
+
+
+def many_templates(right: str, num: int) -> list[dict[str, Any]]:
+    return [choice_record("copa", "score", i, int(c), template=f"t{t}") for i, c in enumerate(right) for t in range(num)]
+
+
+def test_templates_that_repeat_the_answers_change_neither_p_nor_interval(tmp_path: Path) -> None:
+    rows = []
+    for num in (1, 6):
+        before = save_run(tmp_path / f"before{num}", many_templates(SST2_BASE, num), "before")
+        after = save_run(tmp_path / f"after{num}", many_templates(SST2_TUNED, num), "after")
+        rows += compare(read(before, "base"), read(after, "tuned")).tasks
+    assert rows[0] == rows[1] and rows[0].num_items == 40 and rows[0].p == pytest.approx(2 / 2**16)  # 16 better, none worse
+
+
+def test_the_spread_over_templates_is_a_table_and_a_figure(tmp_path: Path) -> None:
+    records = [choice_record("copa", "score", i, int(i < 4 * t), template=f"t{t}") for t in (1, 2, 4) for i in range(20)]
+    run = save_run(tmp_path / "run", records, "Pico")
+    assert tmp_path / "out/figures/templates.svg" in write_report([run], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert re.search(
+        r"\| copa \| model \| 3 \| 50\.0 \| 50\.0 \| 46\.7 \[.*?\] \| 40\.0 \| 30\.0 \| 60\.0 \| 20\.0 \| 80\.0 \| 60\.0 \|", text
+    )
+    assert re.search(r"\| t4 \| 80\.0 \[", text) and "Item 0, template t1" in text
+
+
+def test_values_with_and_without_items_of_the_training_data_stand_side_by_side(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", records_of(SST2_BASE, COPA_BASE, SQUAD_BASE), "Pico", contamination={"recipe": "recipes/mine.yaml"})
+    results = json.loads((run / "results.json").read_text())
+    parts = {"found": {"value": 60.0, "ci95": [14.7, 94.7], "n": 5}, "clean": {"value": 37.1, "ci95": [21.5, 55.1], "n": 35}}
+    results["tasks"]["sst2"]["rank"]["contamination"] = parts
+    results["tasks"]["copa"]["rank"]["contamination"] = {"found": None, "clean": {"value": 50.0, "ci95": [33.8, 66.2], "n": 40}}
+    (run / "results.json").write_text(json.dumps(results))
+    write_report([run], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Recipes: model: recipes/mine.yaml." in text
+    line = next(line for line in text.splitlines() if line.startswith("| sst2 | rank | 40 | 5 12.5%"))
+    assert "| 37.1 [21.5, 55.1] | 60.0 [14.7, 94.7] | −2.9 |" in line
+    assert re.search(r"\| copa \| rank \| 40 \| 0 0\.0% \|.*\| – \| \+0\.0 \|", text)
+
+
+def test_the_published_sst2_figure_that_no_count_reaches_is_remarked(base: Path, tmp_path: Path) -> None:
+    write_report([base], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    remark = "92.6 is no k/872 (807 right are 92.5, 808 right are 92.7)"
+    assert f"About SST-2: {remark}, so it is not of validation. It fits the 1,821 items of test." in text
+    assert f"| sst2 | validation | 872 | 50.5 is 440 of 872; {remark} |" in text
+    assert "92.6 is 1,686 to 1,687 of 1,821" in text and text.count("is no k/") == 2
+
+
+def test_families_are_means_over_their_tasks(tmp_path: Path) -> None:
+    records = [
+        choice_record(task, "score", i, int(c)) for task, right in (("rte", "1110" * 5), ("cb", "1000" * 5)) for i, c in enumerate(right)
+    ]
+    run = save_run(tmp_path / "run", [*records, *(choice_record("copa", "score", i, 1) for i in range(20))], "Pico")
+    write_report([run], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert re.search(r"\| Natural language inference \| 2 \| rte, cb \| 50\.0 \| 50\.0 \[3\d\.\d, 6\d\.\d\] \|", text)
+
+
+def test_twenty_items_a_task_are_shown_with_the_share_of_every_choice(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", [choice_record("sst2", "score", i, int(i % 3 > 0)) for i in range(50)], "Pico")
+    write_report([run], tmp_path / "out")
+    text, page = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("md", "html"))
+    assert len(re.findall(r"<summary>Item \d+: (?:right|wrong)</summary>", text)) == 20
+    assert len(re.findall(r"<summary>Item \d+: right</summary>", text)) == 10
+    # exp(-1) against exp(-2): 73 and 27 in a hundred.
+    assert len(re.findall(r"\*\*−1\.00\*\* 73%", text)) == len(re.findall(r"−2\.00 27%", text)) == 20
+    assert page.count('style="--share: 73.1%"') == page.count('style="--share: 26.9%"') == 20
+
+
+def test_a_figure_keeps_names_as_text_and_takes_the_colours_of_its_page() -> None:
+    row = Bars("task", ((50.0, 40.0, 60.0), None), 25.0, 30.0)
+    drawing = draw_bars([("Group", [row])], ["<script>x</script> & $tuned$", "other"], "percent")
+    assert drawing.png.startswith(b"\x89PNG") and drawing.svg.startswith("<svg")
+    assert "<script" not in drawing.svg and "&lt;script&gt;x&lt;/script&gt; &amp; $tuned$" in drawing.svg
+    assert "var(--ink, #1c2733)" in drawing.svg and "<style" not in drawing.svg
+    assert draw_bars([("Group", [row])], ["a", "b"], "percent") == draw_bars([("Group", [row])], ["a", "b"], "percent")

@@ -7,8 +7,10 @@ import pytest
 
 from mtllama.errors import UserError
 from mtllama.evaluate import metrics, protocols, runner
-from mtllama.evaluate.runner import EvalConfig
-from mtllama.model.engine import Engine
+from mtllama.evaluate.ask import MAX_NEW_TOKENS
+from mtllama.evaluate.items import EvalConfig, sample_indices
+from mtllama.evaluate.suites import SUITES
+from mtllama.model.engine import Branches, Engine
 from mtllama.model.find import find_model
 from mtllama.model.load import load_model
 
@@ -20,26 +22,34 @@ def engine(pico: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def run(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[dict]]:
-    """The whole sampler suite, twelve items a task, both protocols."""
+    """The whole sampler suite, twelve rows a task, all protocols."""
     out = tmp_path_factory.mktemp("runs") / "pico"
     runner.evaluate(engine, EvalConfig(limit=12), out)
+    assert not out.with_name("pico.partial").exists()
     return runner.read_run(out)
+
+
+def of(records: list[dict], task: str, protocol: str) -> list[dict]:
+    return [record for record in records if record["task"] == task and protocol in protocols.of_record(record)]
 
 
 def test_every_task_and_protocol_is_there_with_the_whole_schema(run: tuple[dict, list[dict]]) -> None:
     results, records = run
-    assert results["schema"] == 1
-    assert set(results["tasks"]) == set(runner.SUITES["sampler"])
-    keys = {"metric", "value", "ci95", "n", "chance", "majority", "unparsed", "cut", "split", "templates"}
+    assert results["schema"] == 2
+    assert list(results["tasks"]) == list(SUITES["sampler"].tasks)
+    assert {"model", "format", "dtype", "boundary", "templates", "seed", "limit", "data_sha256", "versions"} <= results.keys()
+    assert results["model"]["weights_sha256"] and results["boundary"]["end_ids"] == [2]
+    keys = {"metric", "value", "ci95", "n", "rows", "chance", "majority", "unparsed", "not_found", "cut", "split", "templates", "protocol"}
     for task, by_protocol in results["tasks"].items():
-        assert set(by_protocol) == ({"generate"} if task == "squad" else {"rank", "generate"})
+        mended = {"mt-llama-glue"} if task == "mnli" else set()
+        ranks = set() if task == "squad" else set(protocols.RANKS)
+        assert set(by_protocol) == {"generate", "mt-llama"} | mended | ranks
         for protocol, result in by_protocol.items():
-            assert keys <= result.keys()
-            mine = [record for record in records if (record["task"], record["protocol"]) == (task, protocol)]
-            assert result["n"] == len(mine) == 12
+            assert keys <= result.keys() and result["data_sha256"] == results["data_sha256"][task]
+            assert result["n"] == result["rows"] == len(of(records, task, protocol)) == 12
             assert result["value"] == result[result["metric"]]
             assert result["ci95"][0] <= result["value"] <= result["ci95"][1]
-            assert result["templates"]["mt-llama"]["value"] == result["value"]
+            assert result["templates"]["mt-llama"]["value"] == result["value"] == result["over_templates"]["median"]
     assert results["tasks"]["squad"]["generate"]["metric"] == "f1" and "em" in results["tasks"]["squad"]["generate"]
     assert results["tasks"]["openbookqa"]["rank"]["chance"] == 25.0
 
@@ -48,40 +58,56 @@ def test_results_can_be_computed_again_from_the_records(run: tuple[dict, list[di
     results, records = run
     compared = 0
     for task, by_protocol in results["tasks"].items():
-        for protocol, result in by_protocol.items():
-            mine = [record for record in records if (record["task"], record["protocol"]) == (task, protocol)]
-            if result["metric"] == "f1":
-                value = sum(metrics.f1(record["prediction"], record["gold"]) for record in mine)
+        for protocol in by_protocol.keys() & {"rank", "generate"}:
+            mine = of(records, task, protocol)
+            if task == "squad":
+                value = sum(metrics.f1(record["text"], record["references"]) for record in mine)
             elif protocol == "rank":
-                value = sum(record["choices"][record["scores"].index(max(record["scores"]))] == record["gold"] for record in mine)
+                sums = [[sum(tokens) for tokens in record["logprobs"]] for record in mine]
+                value = sum(record["choices"][each.index(max(each))] == record["gold"] for record, each in zip(mine, sums, strict=True))
             else:
-                value = sum(metrics.normalize(record["prediction"]) == metrics.normalize(record["gold"]) for record in mine)
-            assert result["value"] == pytest.approx(100 * value / len(mine))
+                value = sum(metrics.normalize(record["text"]) == metrics.normalize(record["gold"]) for record in mine)
+            assert by_protocol[protocol]["value"] == pytest.approx(100 * value / len(mine))
             compared += 1
     assert compared == 15
 
 
+def test_there_is_one_record_a_row_and_kind_whatever_the_number_of_protocols(run: tuple[dict, list[dict]]) -> None:
+    _, records = run
+    keys = [(record["task"], record["template"], record["row"], record["kind"]) for record in records]
+    assert len(keys) == len(set(keys)) == 12 * (8 + 7)
+    assert all(("logprobs" in record) == (record["kind"] == "score") != ("text" in record) for record in records)
+
+
 def test_records_hold_the_exact_prompt_and_ids(run: tuple[dict, list[dict]], engine: Engine) -> None:
     _, records = run
-    ranked = [record for record in records if record["protocol"] == "rank"]
+    ranked = [record for record in records if record["kind"] == "score"]
     assert len(ranked) == 84
     for record in ranked:
         assert record["prompt"].startswith("Input: ") and record["prompt"].endswith("\nOutput:")
         assert engine.tokenizer.decode(record["prompt_ids"]) == record["prompt"]
-        for choice, ids in zip(record["choices"], record["choice_ids"], strict=True):
+        for place, (choice, ids) in enumerate(zip(record["choices"], record["choice_ids"], strict=True)):
             assert ids[-1] == engine.tokenizer.eos_token_id
             assert engine.tokenizer.decode(ids[:-1]) == " " + choice
+            assert len(record["logprobs"][place]) == len(record["unconditional"][place]) == len(ids)
+
+
+def test_the_unconditional_scores_are_those_after_the_formats_empty_prompt(run: tuple[dict, list[dict]], engine: Engine) -> None:
+    record = of(run[1], "copa", "rank-pmi")[0]
+    ids = engine.tokenizer("Input: \nOutput:").input_ids
+    theirs = engine.score([Branches(ids, [record["choice_ids"][1]])])[0][0]
+    assert record["unconditional"][1] == pytest.approx(theirs, abs=1e-4)
 
 
 def test_a_limit_takes_the_same_items_in_file_order_for_every_protocol(run: tuple[dict, list[dict]]) -> None:
     _, records = run
-    by_protocol = {p: [r["item_id"] for r in records if r["task"] == "copa" and r["protocol"] == p] for p in protocols.PROTOCOLS}
+    by_protocol = {protocol: [record["item_id"] for record in of(records, "copa", protocol)] for protocol in ("rank", "generate")}
     assert by_protocol["rank"] == by_protocol["generate"]
     assert by_protocol["rank"] == sorted(by_protocol["rank"], key=int)
     assert by_protocol["rank"] != [str(i) for i in range(12)]
-    assert runner.sample_indices(80, 12, "0/copa") == [int(i) for i in by_protocol["rank"]]
-    assert runner.sample_indices(80, 12, "1/copa") != runner.sample_indices(80, 12, "0/copa")
-    assert runner.sample_indices(5, 12, "x") == [0, 1, 2, 3, 4]
+    assert sample_indices(80, 12, "0/copa") == [int(i) for i in by_protocol["rank"]]
+    assert sample_indices(80, 12, "1/copa") != sample_indices(80, 12, "0/copa")
+    assert sample_indices(5, 12, "x") == [0, 1, 2, 3, 4]
 
 
 def test_the_primary_protocol_ranks_choices_and_generates_answers(engine: Engine, tmp_path: Path) -> None:
@@ -141,16 +167,6 @@ def test_an_output_folder_is_never_overwritten_unasked(engine: Engine, tmp_path:
     assert not (out / "precious").exists() and (out / "results.json").is_file()
 
 
-def test_an_interrupt_leaves_nothing_behind(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(engine, "score", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        runner.evaluate(engine, EvalConfig(tasks=("sst2",), protocols=("rank",)), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_prompt_that_is_too_long_is_cut_and_counted(pico: Path, tmp_path: Path) -> None:
     data = tmp_path / "data" / "squad"
     data.mkdir(parents=True)
@@ -168,4 +184,4 @@ def test_a_prompt_that_is_too_long_is_cut_and_counted(pico: Path, tmp_path: Path
     runner.evaluate(engine, config, tmp_path / "out")
     results, records = runner.read_run(tmp_path / "out")
     assert results["tasks"]["squad"]["generate"]["cut"] == 1
-    assert len(records[0]["prompt_ids"]) <= 512 - protocols.MAX_NEW_TOKENS
+    assert len(records[0]["prompt_ids"]) <= 512 - MAX_NEW_TOKENS

@@ -1,6 +1,5 @@
 """Scores as separate forward passes give them, greedy text as transformers gives it, streams that show whole characters."""
 
-import functools
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -127,7 +126,7 @@ def test_scores_depend_on_neither_order_nor_company_nor_batch_size(bpe_engine: E
         return score_pass(self, group)
 
     monkeypatch.setattr(Engine, "_score_pass", counted)
-    for tokens in (1, 250, 700, 100_000):
+    for tokens in (1, 200, 400, 100_000):
         monkeypatch.setattr(engine_module, "TOKENS_PER_PASS", tokens)
         passes.append(0)
         assert_close(bpe_engine.score(items), theirs)
@@ -161,6 +160,50 @@ def test_equal_answers_score_equally_and_choices_sum_to_less_than_one(bpe_engine
     torch.testing.assert_close(twice[0], twice[2], atol=1e-5, rtol=0)
 
 
+def test_an_answer_longer_than_the_context_is_scored_as_alone(bpe_engine: Engine) -> None:
+    draw = random.Random(5)
+    answers = [random_ids(draw, bpe_engine, length) for length in (600, 2, 520)]
+    assert len(answers[0]) > bpe_engine.loaded.max_length
+    items = [Branches(random_ids(draw, bpe_engine, 40), answers), Branches([9], [[8]])]
+    assert_close(bpe_engine.score(items), separate_scores(bpe_engine, items))
+
+
+def test_what_greedy_text_would_say_is_called_greedy(engine: Engine) -> None:
+    prompts = [item.prompt for item in random_items(engine)]
+    said = engine.continue_ids(prompts, max_new_tokens=4)
+    items = [Branches(prompt, [ids, [*ids[:-1], ids[-1] ^ 1], ids[:1]]) for prompt, ids in zip(prompts, said, strict=True)]
+    judged = engine.judge(items)
+    assert [[answer.greedy for answer in item] for item in judged] == [[True, False, True]] * len(items)
+    assert [[answer.log_probs for answer in item] for item in judged] == engine.score(items)
+
+
+def test_the_head_is_computed_once_a_prompt_and_token_that_is_fed(bpe_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    head = bpe_engine.head
+    monkeypatch.setattr(bpe_engine, "head", lambda hidden: rows.append(len(hidden)) or head(hidden))
+    bpe_engine.score([Branches([5] * 30, [[6], [7], [8]]), Branches([5] * 20, [[6], [7]])])
+    assert sum(rows) == 2, "answers of one token need no more than the prompt's last row"
+    rows.clear()
+    bpe_engine.score([Branches([5] * 30, [[6, 7, 8], [7]])])
+    assert sum(rows) == 3
+
+
+def test_nothing_is_computed_for_padding_or_for_rows_that_are_done(bpe_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed = []
+    hidden = bpe_engine._hidden
+    monkeypatch.setattr(bpe_engine, "_hidden", lambda ids, plan: fed.append(len(ids)) or hidden(ids, plan))
+    items = random_items(bpe_engine)
+    bpe_engine.score(items)
+    assert sum(fed) == sum(len(item) for item in items)
+    prompts = [item.prompt for item in items]
+    monkeypatch.setattr(engine_module, "ROWS_PER_GENERATION", 3)
+    found = bpe_engine.continue_ids(prompts, max_new_tokens=9, ended=lambda new: new[-1] % 3 == 0)
+    assert len({len(ids) for ids in found}) > 2, "rows end at different times"
+    fed.clear()
+    assert bpe_engine.continue_ids(prompts, max_new_tokens=9, ended=lambda new: new[-1] % 3 == 0) == found
+    assert sum(fed) == sum(map(len, prompts)) + sum(len(ids) - 1 for ids in found)
+
+
 def test_advance_counts_every_item_once_and_nothing_gives_nothing(bpe_engine: Engine) -> None:
     items = random_items(bpe_engine)
     counts: list[int] = []
@@ -189,9 +232,10 @@ def test_greedy_text_equals_that_of_transformers_for_each_prompt_alone(engine: E
     prompts = [item.prompt for item in random_items(engine, seed=2)]
     theirs = [whole(their_text(engine, prompt, 12)).strip() for prompt in prompts]
     assert len(set(theirs)) > len(prompts) // 2 and len({len(prompt) for prompt in prompts}) > 4
-    for tokens, rows in ((2048, 32), (100, 32), (2048, 1), (2048, 3)):
+    for tokens, rows, places in ((2048, 32, 2**15), (100, 32, 2**15), (2048, 1, 2**15), (2048, 3, 2**15), (2048, 32, 200), (1, 2, 1)):
         monkeypatch.setattr(engine_module, "TOKENS_PER_PASS", tokens)
         monkeypatch.setattr(engine_module, "ROWS_PER_GENERATION", rows)
+        monkeypatch.setattr(engine_module, "CACHE_BYTES", places * engine._bytes_per_place())
         assert engine.generate(prompts, max_new_tokens=12, stop=()) == theirs
     assert engine.generate(prompts[::-1], max_new_tokens=12, stop=()) == theirs[::-1]
 
@@ -214,19 +258,18 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Force:
     """Make the model of an engine say the given ids behind any prompt of the given length, whatever it thinks."""
 
     def start(engine: Engine, ids: Sequence[int], prompt_length: int = 3) -> list[int]:
-        original = type(engine.model).forward
+        def decoder(*, position_ids: torch.Tensor, **kwargs: Any) -> Any:
+            return SimpleNamespace(last_hidden_state=position_ids[:, :, None])
 
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            cache = kwargs.get("past_key_values")
-            known = cache.get_seq_length() if cache is not None else 0
-            step = known - prompt_length + 1 if known else 0
-            out = original(engine.model, *args, **kwargs)
-            out.logits.fill_(-50)
-            out.logits[:, -1, ids[step] if step < len(ids) else engine.tokenizer.eos_token_id] = 50
-            return out
+        def head(places: torch.Tensor) -> torch.Tensor:
+            steps = (places.squeeze(-1) - prompt_length + 1).tolist()
+            logits = torch.full((len(steps), len(engine.tokenizer)), -50.0)
+            for row, step in enumerate(steps):
+                logits[row, ids[step] if step < len(ids) else engine.tokenizer.eos_token_id] = 50
+            return logits
 
-        monkeypatch.setattr(engine.model, "forward", forward, raising=False)
+        monkeypatch.setattr(engine, "decoder", decoder)
+        monkeypatch.setattr(engine, "head", head)
         return [5] * prompt_length
 
     return start
@@ -286,14 +329,13 @@ def test_a_stop_string_split_over_tokens_ends_the_text_at_once(bpe_engine: Engin
     ids = byte_ids(bpe_engine, "Paris### Human: and then a long tail")
     prompt = force(bpe_engine, ids)
     calls = []
-    forward = bpe_engine.model.forward
+    decoder = bpe_engine.decoder
 
-    @functools.wraps(forward)
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        return forward(*args, **kwargs)
+        return decoder(*args, **kwargs)
 
-    monkeypatch.setattr(bpe_engine.model, "forward", counted)
+    monkeypatch.setattr(bpe_engine, "decoder", counted)
     assert bpe_engine.generate([prompt], max_new_tokens=len(ids), stop=("### Human:",)) == ["Paris"]
     needed = len("Paris### Human:")
     assert len(calls) == needed < len(ids)
@@ -390,12 +432,11 @@ def test_groups_hold_every_index_once_within_the_budget() -> None:
     draw = random.Random(0)
     for _ in range(200):
         lengths = [draw.randrange(1, 60) for _ in range(draw.randrange(0, 30))]
-        max_tokens, max_rows = draw.randrange(1, 300), draw.randrange(1, 9)
-        groups = list(engine_module._groups(lengths, max_tokens, max_rows))
+        max_tokens = draw.randrange(1, 300)
+        groups = list(engine_module._groups(lengths, max_tokens))
         assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
         for group in groups:
-            assert 0 < len(group) <= max_rows
-            assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= max_tokens
+            assert len(group) == 1 or 0 < sum(lengths[i] for i in group) <= max_tokens
         longest = [max(lengths[i] for i in group) for group in groups]
         assert longest == sorted(longest, reverse=True), "what needs most memory comes first"
 

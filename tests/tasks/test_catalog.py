@@ -2,13 +2,15 @@
 
 import csv
 import difflib
+import itertools
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mtllama.errors import UserError
+from mtllama.errors import MissingDataError, UserError
 from mtllama.tasks import catalog as catalog_module
 from mtllama.tasks.catalog import Rows, Task, catalog, data_folder, find_tasks, load_rows, sampler_dir
 
@@ -37,12 +39,73 @@ def test_every_file_of_the_catalogue_is_an_entry_of_the_same_name() -> None:
     entries = 0
     for file in files:
         written = yaml.safe_load(file.read_text(encoding="utf-8"))
-        names = [f"{file.stem}-{language}" for language in written.get("languages", ())] or [file.stem]
+        languages = tuple(written.get("languages", ()))
+        names = [f"{file.stem}-{language}" for language in languages] or [file.stem]
+        if "pairs" in written:
+            names += [f"{file.stem}-{context}-{question}" for context, question in itertools.permutations(languages, 2)]
         for name in names:
             assert catalog()[name].name == name
             assert [prompt["name"] for prompt in written["prompts"]] == [prompt.name for prompt in catalog()[name].prompts]
         entries += len(names)
     assert entries == len(catalog()) > len(files) >= 27
+
+
+VALIDATED = {"wiki_bio": "val"}
+"""Training sets whose publisher calls the validation split otherwise."""
+WITHOUT_VALIDATION = {
+    "ag_news", "amazon_polarity", "app_reviews", "dbpedia_14", "imdb", "trec", "yelp_polarity", "yelp_review_full",
+}  # fmt: skip
+"""Training sets that were published without one."""
+
+
+def test_a_training_sets_validation_split_is_a_published_one_and_never_its_test_split() -> None:
+    found = {task.name: task.validation for task in training_sets()}
+    assert {name for name, split in found.items() if split is None} == WITHOUT_VALIDATION
+    for task in training_sets():
+        if task.name not in WITHOUT_VALIDATION:
+            assert task.validation == VALIDATED.get(task.name, "validation") and task.splits[task.validation] > 0, task.name
+    others = {"mnli": "validation_matched", "anli_r2": "dev_r2", "xstorycloze-en": "eval", "xwinograd-en": None, "mlqa-de": "validation"}
+    assert {name: catalog()[name].validation for name in others} == others
+
+
+@pytest.mark.parametrize("file", ["wiki_bio/val.jsonl", "wiki_bio/validation.jsonl"])
+def test_validation_rows_are_found_under_the_publishers_name_of_the_split_and_under_ours(tmp_path: Path, file: str) -> None:
+    (source,) = (sampler_dir() / "sst2").glob("validation.jsonl")  # any rows: columns are added
+    row = json.loads(source.read_text(encoding="utf-8").splitlines()[0]) | dict.fromkeys(catalog()["wiki_bio"].columns, "x")
+    (tmp_path / "wiki_bio").mkdir()
+    (tmp_path / file).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    rows = load_rows(catalog()["wiki_bio"], tmp_path, "validation")
+    assert rows.split == Path(file).stem and len(rows.rows) == 1
+
+
+def test_a_set_that_was_published_without_a_validation_split_is_missing_there_not_replaced_by_its_test_split(tmp_path: Path) -> None:
+    (tmp_path / "imdb").mkdir()
+    (tmp_path / "imdb" / "test.jsonl").write_text('{"text": "x", "label": 0}\n', encoding="utf-8")
+    with pytest.raises(MissingDataError, match="imdb: its publisher has no validation split; pass --data-dir with a file imdb/valid"):
+        load_rows(catalog()["imdb"], None, "validation")
+    with pytest.raises(MissingDataError, match="imdb: no file for the split validation in"):
+        load_rows(catalog()["imdb"], tmp_path, "validation")
+    assert load_rows(catalog()["imdb"], tmp_path).split == "test"
+
+
+NOT_HERE = {"multi_news", "quarel", "wiki_hop_original", "wiqa"}
+"""Training sets that are not among the real ones."""
+
+
+def test_the_validation_rows_that_are_there_render_and_can_be_judged(shared_data: Path) -> None:
+    found, judged = set(), Counter[str]()
+    for task in training_sets():
+        try:
+            rows = load_rows(task, shared_data / "train", "validation")
+        except MissingDataError:
+            continue
+        found.add(task.name)
+        made = [example for index in range(min(50, len(rows.rows))) if (example := rows.render(index, task.prompts[0]))]
+        assert len(made) > 20, task.name
+        assert all(bool(example.choices) == (task.metric == "accuracy") for example in made), task.name
+        judged[task.metric] += len(made)
+    assert found == {task.name for task in training_sets()} - NOT_HERE
+    assert set(judged) == {"accuracy", "f1", "rougeL"} and judged.total() > 1500
 
 
 def test_the_training_sets_cover_the_eight_families_and_nothing_else() -> None:

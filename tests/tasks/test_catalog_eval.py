@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mtllama.errors import UserError
-from mtllama.tasks.catalog import Rows, Task, catalog, load_rows, sampler_dir
+from mtllama.errors import MissingDataError, UserError
+from mtllama.tasks.catalog import Rows, Task, catalog, find_tasks, load_rows, sampler_dir
 from mtllama.tasks.promptsource import read_templates
 from mtllama.tasks.source import Row, find_file
 
@@ -38,7 +38,13 @@ def family_of(task: Task) -> str:
 
 
 def evaluation_tasks() -> list[Task]:
-    return [task for task in catalog().values() if task.role != "train"]
+    """The evaluation sets of one language."""
+    return [task for task in catalog().values() if task.role != "train" and len(task.languages) == 1]
+
+
+def pairs() -> list[Task]:
+    """Those that ask about a context in another language."""
+    return [task for task in catalog().values() if len(task.languages) == 2]
 
 
 # What MT-LLaMA asks, written here a second time.
@@ -260,8 +266,10 @@ def test_a_set_is_judged_by_accuracy_exactly_where_all_its_prompts_offer_choices
         offers = {bool(prompt.answer_choices) for prompt in task.prompts}
         assert offers == {task.metric == "accuracy"}, task.name
         assert (task.references is None) == (task.metric == "accuracy"), task.name
-        judged[task.metric] += 1
-    assert judged == {"accuracy": 70, "f1": 29}
+        judged[", ".join(task.metrics)] += 1
+    mlqa = {f"mlqa-f1-{language}, mlqa-em-{language}": 1 for language in LANGUAGES["mlqa"].split()}
+    assert judged == {"accuracy": 69, "accuracy, macro-f1": 1, "f1, em": 22, **mlqa}
+    assert catalog()["cb"].metrics == ("accuracy", "macro-f1")
 
 
 def test_prompts_that_claim_to_show_the_choices_show_them() -> None:
@@ -521,10 +529,7 @@ ORIGINAL_TEMPLATES = {
 
 
 def test_promptsource_has_the_templates_that_t0_is_evaluated_with(shared_data: Path) -> None:
-    folder = next(shared_data.parent.glob("promptsource-*"), None)
-    if folder is None:
-        pytest.skip("promptsource's templates are not beside this checkout")
-    counted = {}
+    folder, counted = promptsource(shared_data), {}
     for task in evaluation_tasks():
         if task.promptsource is None:
             assert task.name not in ORIGINAL_TEMPLATES
@@ -534,3 +539,151 @@ def test_promptsource_has_the_templates_that_t0_is_evaluated_with(shared_data: P
         if task.name in ORIGINAL_TEMPLATES:
             counted[task.name] = sum(template.metadata.original_task for template in templates)
     assert counted == ORIGINAL_TEMPLATES
+
+
+def promptsource(shared_data: Path) -> Path:
+    folder = next(shared_data.parent.glob("promptsource-*"), None)
+    if folder is None:
+        pytest.skip("promptsource's templates are not beside this checkout")
+    return folder
+
+
+@pytest.mark.parametrize("name", ORIGINAL_TEMPLATES)
+def test_every_template_that_t0_is_evaluated_with_asks_for_one_of_its_choices(shared_data: Path, name: str) -> None:
+    task, folder = catalog()[name], promptsource(shared_data)
+    rows = real_rows(task, shared_data)
+    if rows is None:  # not among the real files: rows of the published columns
+        first = EXAMPLES[name] | {"uid": "0", "reason": ""}
+        rows = Rows(task, [first], task.split, "", "here")
+    templates = [t for t in read_templates(folder, str(task.promptsource)) if t.metadata.original_task]
+    assert len(templates) == ORIGINAL_TEMPLATES[name]
+    for template in templates:
+        made = [example for index in range(min(100, len(rows.rows))) if (example := rows.render(index, template))]
+        assert made, f"{template.name} declines every row"
+        assert all(example.choices and example.targets in example.choices for example in made), template.name
+        if name != "copa":  # some of its templates are for causes only, or for effects
+            assert len(made) == min(100, len(rows.rows)), template.name
+
+
+# The files
+
+REAL = {
+    "squad": 4000, "sst2": 436, "openbookqa": 500, "copa": 50, "cb": 56, "rte": 139, "wic": 319, "wsc": 104, "winogrande": 634,
+    "mnli": 3000, "hellaswag": 1000, "xnli-en": 5010, "xwinograd-en": 2325, "xwinograd-fr": 83, "xwinograd-pt": 263,
+    **dict.fromkeys(("xquad-ar", "xquad-de", "xquad-es", "xquad-zh"), 1190),
+    **dict.fromkeys((f"xcopa-{language}" for language in LANGUAGES["xcopa"].split()), 500),
+    **dict.fromkeys(("xnli-ar", "xnli-de", "xnli-fr", "xnli-hi", "xnli-sw"), 1002),
+    **dict.fromkeys(("pawsx-de", "pawsx-en", "pawsx-zh"), 2000),
+}  # fmt: skip
+"""Rows of the real files."""
+NOTES = {"hellaswag": "subset1000", **dict.fromkeys(("xnli-ar", "xnli-de", "xnli-fr", "xnli-hi", "xnli-sw"), "subset1002")}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_set_that_is_there_is_found_whole_and_every_prompt_asks_its_first_and_last_rows(shared_data: Path, name: str) -> None:
+    rows = load_rows(catalog()[name], shared_data / "eval")
+    assert (len(rows.rows), rows.note) == (REAL[name], NOTES.get(name, ""))
+    assert rows.split == ("validation" if name.startswith("pawsx") else rows.task.split)
+    for prompt in rows.task.prompts:
+        for index in (*range(20), *range(len(rows.rows) - 20, len(rows.rows))):
+            example = rows.render(index, prompt)
+            assert example is not None and example.inputs and example.targets
+            assert rows.task.row_references(rows.rows[index], example)
+
+
+def test_every_real_file_is_of_a_set(shared_data: Path) -> None:
+    files = {path for path in (shared_data / "eval").rglob("*") if path.is_file() and path.suffix != ".md"}
+    found = {Path(load_rows(catalog()[name], shared_data / "eval").origin) for name in REAL}
+    mismatched = load_rows(catalog()["mnli"], shared_data / "eval", "validation_mismatched")
+    assert mismatched.note == "tokenized1000"
+    assert files == found | {Path(mismatched.origin)}
+
+
+# A context in one language, asked about in another
+
+
+def test_the_pairs_are_all_of_two_different_languages_of_xquad_and_mlqa() -> None:
+    expected = {
+        f"{name}-{context}-{question}"
+        for name in ("xquad", "mlqa")
+        for context in LANGUAGES[name].split()
+        for question in LANGUAGES[name].split()
+        if context != question
+    }
+    assert {task.name for task in pairs()} == {task.name for task in find_tasks(["cross-lingual"])} == expected
+    assert len(expected) == 12 * 11 + 7 * 6
+    for task in pairs():
+        own = catalog()[f"{family_of(task)}-{task.languages[0]}"]
+        assert task.name == f"{own.name}-{task.languages[1]}"
+        assert (task.prompts, task.metrics, task.split, task.references) == (own.prompts, own.metrics, own.split, own.references)
+        assert (task.joined is None) == task.name.startswith("mlqa")
+        assert task.splits.keys() == own.splits.keys()
+    assert catalog()["xquad-de-ar"].title == "XQuAD (German, asked in Arabic)"
+    assert catalog()["mlqa-zh-en"].metrics == ("mlqa-f1-zh", "mlqa-em-zh"), "the answer is in the language of the context"
+
+
+def test_mlqas_pairs_are_as_many_in_both_directions_and_no_more_than_either_language_has() -> None:
+    for task in (task for task in pairs() if task.name.startswith("mlqa")):
+        context, question = task.languages
+        assert task.splits == catalog()[f"mlqa-{question}-{context}"].splits
+        assert task.location.config == f"mlqa.{context}.{question}"
+        for split, size in task.splits.items():
+            both = [catalog()[f"mlqa-{language}"].splits[split] for language in task.languages]
+            assert size == min(both) if "en" in task.languages else size < min(both) / 2
+
+
+def test_mlqas_pairs_lie_in_files_of_their_own(tmp_path: Path) -> None:
+    asked = {"de.de": "Wer?", "de.en": "Who?", "en.de": "Wer sass?"}
+    for languages, question in asked.items():
+        write(tmp_path / "mlqa" / f"mlqa.{languages}.test.jsonl", {**QUESTION, "id": "1", "question": question})
+    for name, languages in (("mlqa-de", "de.de"), ("mlqa-de-en", "de.en"), ("mlqa-en-de", "en.de")):
+        rows = load_rows(catalog()[name], tmp_path)
+        assert [row["question"] for row in rows.rows] == [asked[languages]]
+    with pytest.raises(MissingDataError, match="mlqa-en-zh: no file for the split test"):
+        load_rows(catalog()["mlqa-en-zh"], tmp_path)
+
+
+def xquad(folder: Path, language: str, *rows: tuple[str, str]) -> None:
+    made = [{**QUESTION, "context": f"{language} {row_id}", "id": row_id, "question": question} for row_id, question in rows]
+    write(folder / "xquad" / f"xquad.{language}.jsonl", *made)
+
+
+def test_xquads_pairs_take_the_question_of_the_same_id_out_of_the_other_languages_file(tmp_path: Path) -> None:
+    xquad(tmp_path, "de", ("b", "Wo?"), ("a", "Wer?"))
+    xquad(tmp_path, "en", ("a", "Who?"), ("b", "Where?"), ("c", "When?"))
+    rows = load_rows(catalog()["xquad-de-en"], tmp_path)
+    assert [(row["id"], row["context"], row["question"]) for row in rows.rows] == [("b", "de b", "Where?"), ("a", "de a", "Who?")]
+    assert [Path(path).name for path in (rows.origin, *rows.sources)] == ["xquad.de.jsonl", "xquad.en.jsonl"]
+    assert rows.row_id(1) == "a" and rows.split == "validation"
+    example = rows.render(1, rows.task.template(None))
+    assert example is not None and example.task == "xquad-de-en"
+    assert example.inputs == "Answer the question according to the context. Question: Who?. Context: de a. Answer:"
+
+
+def test_xquads_pairs_name_what_cannot_be_joined(tmp_path: Path) -> None:
+    task = catalog()["xquad-de-en"]
+    xquad(tmp_path, "de", ("a", "Wer?"), ("b", "Wo?"))
+    with pytest.raises(MissingDataError, match="xquad-en: no file for the split validation"):
+        load_rows(task, tmp_path)
+    xquad(tmp_path, "en", ("a", "Who?"))
+    with pytest.raises(UserError, match=r"xquad\.de\.jsonl, row 1: its id 'b' is not in .*xquad\.en\.jsonl; both need the same rows"):
+        load_rows(task, tmp_path)
+    xquad(tmp_path, "en", ("a", "Who?"), ("b", "Where?"), ("a", "Who?"))
+    with pytest.raises(UserError, match=r"xquad\.en\.jsonl, row 2: it has the id 'a' of row 0; rows are joined by their ids"):
+        load_rows(task, tmp_path)
+    write(tmp_path / "xquad" / "xquad.en.jsonl", QUESTION)
+    with pytest.raises(UserError, match=r"xquad\.en\.jsonl, row 0: it has no id; rows are joined by their ids"):
+        load_rows(task, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["xquad-de-zh", "xquad-zh-ar"])
+def test_xquads_pairs_are_made_of_the_real_files(shared_data: Path, name: str) -> None:
+    rows = load_rows(catalog()[name], shared_data / "eval")
+    context, question = (load_rows(catalog()[f"xquad-{language}"], shared_data / "eval") for language in rows.task.languages)
+    assert len(rows.rows) == 1190
+    for index in range(0, 1190, 50):
+        row = rows.rows[index]
+        assert (row["context"], row["answers"]) == (context.rows[index]["context"], context.rows[index]["answers"])
+        assert row["question"] == next(other for other in question.rows if other["id"] == row["id"])["question"]
+        assert row["question"] != context.rows[index]["question"]
+        assert row["answers"]["text"][0] in row["context"]

@@ -443,7 +443,7 @@ def held_out(config: MixtureConfig) -> list[Rows]:
         raise UserError("mixture.eval_dir is none: give the folder of the evaluation sets to compare with")
     found = []
     for task in catalog().values():
-        if task.role != "train":
+        if task.role != "train" and task.joined is None:  # a set made of two others has no texts of its own
             try:
                 found.append(load_rows(task, folder))
             except UserError as error:

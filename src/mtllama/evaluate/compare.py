@@ -1,40 +1,52 @@
-"""Two runs over the same items, compared item by item."""
+"""Two runs, or two protocols of one run, over the same items, compared item by item."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mtllama.errors import UserError
-from mtllama.evaluate import protocols, stats
+from mtllama.evaluate import metrics, protocols, stats
+from mtllama.evaluate.journal import RECORDS
 from mtllama.evaluate.protocols import Record
-from mtllama.evaluate.runner import RECORDS, read_run
+from mtllama.evaluate.runner import read_run
 from mtllama.tasks.catalog import find_tasks
 
 ROLES = ("unseen data set", "unseen task", "train")
 """The order in which tasks are shown."""
 
 Key = tuple[str, str, int]
-"""Item id, template, and how often that pair came before."""
+"""Item id, template, and how often that pair came before: an item asked through several templates differs in the middle only."""
 Job = tuple[str, str]
 """Task and protocol."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One task under one protocol, item by item: tuned minus base, in points of percent."""
+    """One task under one protocol, item by item: tuned minus base, in points of percent.
+
+    An item that several templates ask about is one item, and its values are means over them.
+    """
 
     role: str
     task: str
     protocol: str
     metric: str
     num_items: int
+    chance: float | None
+    majority: float | None
     base: float
     tuned: float
     difference: float
     ci95: tuple[float, float]
+    better: int
+    """Items on which tuned has the larger value."""
+    worse: int
+    detectable: float | None
+    """The least true difference that a test of this many items, as much at odds as these, finds four times out of five."""
     p: float
     p_holm: float
     """Adjusted over the tasks of the same protocol."""
@@ -68,13 +80,40 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """Two protocols of one run over one task: how often they choose the same, and which is right more often."""
+
+    task: str
+    first: str
+    second: str
+    num_items: int
+    chance: float | None
+    majority: float | None
+    agreement: float
+    """Percent of the answers in which both choose the same."""
+    before: float
+    after: float
+    difference: float
+    """Second minus first, in points of percent."""
+    ci95: tuple[float, float]
+    better: int
+    worse: int
+    detectable: float | None
+    p: float
+    p_holm: float
+    """Adjusted over the tasks that have both protocols."""
+
+
+Row = TypeVar("Row", Difference, Agreement)
+
+
+@dataclass(frozen=True)
 class Run:
     """One evaluation, its records at hand by task, protocol and item."""
 
     label: str
     folder: Path
     results: dict[str, Any]
-    records: list[Record]
     jobs: dict[Job, dict[Key, Record]]
 
     @property
@@ -82,79 +121,179 @@ class Run:
         """The model's name."""
         return str(self.results["model"]["name"])
 
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that were measured."""
+        return list(dict.fromkeys(task for task, _ in self.jobs))
+
     def result(self, job: Job) -> dict[str, Any] | None:
         """The numbers of one task under one protocol."""
         found: dict[str, Any] | None = self.results["tasks"].get(job[0], {}).get(job[1])
         return found
 
+    def ways(self, task: str) -> list[str]:
+        """The protocols that judged a task."""
+        return [protocol for name, protocol in self.jobs if name == task]
+
+    def values(self, job: Job) -> dict[tuple[str, int], list[float]]:
+        """What each item adds to the task's metric, one value a template."""
+        metric = self.results["tasks"][job[0]][job[1]]["metric"]
+        items: dict[tuple[str, int], list[float]] = {}
+        for key, record in self.jobs[job].items():
+            items.setdefault((key[0], key[2]), []).append(protocols.value(record, metric))
+        return items
+
 
 def read(folder: Path, label: str) -> Run:
     """A run of an evaluation folder, its records checked against its results."""
     results, records = read_run(folder)
-    jobs = by_job(records)
+    run = Run(label, folder, results, by_job(results, records))
     for task, protocol in jobs_of([results]):
-        expected, found = results["tasks"][task][protocol]["n"], len(jobs.get((task, protocol), ()))
+        expected, found = results["tasks"][task][protocol]["n"], len(run.jobs.get((task, protocol), ()))
         if expected != found:
             raise UserError(f"{folder / RECORDS} has {found} records of {task} ({protocol}), its results {expected}: evaluate again")
-    return Run(label, folder, results, records, jobs)
+    return run
 
 
-def compare(
-    base: tuple[dict[str, Any], Sequence[Record]],
-    tuned: tuple[dict[str, Any], Sequence[Record]],
-    *,
-    advance: Callable[..., None] = lambda num=1, note="": None,
-) -> Comparison:
+def by_job(results: Mapping[str, Any], records: Iterable[Record]) -> dict[Job, dict[Key, Record]]:
+    """Records by task and protocol, as that protocol judges them, then by item; the protocols are those of the results."""
+    jobs: dict[Job, dict[Key, Record]] = {}
+    for record in records:
+        for judged in _judged(results, record):
+            group = jobs.setdefault((judged["task"], judged["protocol"]), {})
+            turn = 0
+            while (key := (judged["item_id"], judged["template"], turn)) in group:
+                turn += 1
+            group[key] = judged
+    return jobs
+
+
+def _judged(results: Mapping[str, Any], record: Record) -> Iterable[Record]:
+    """A record as each protocol of the results judges it."""
+    measured = results["tasks"].get(record["task"], {})
+    return [protocols.view(record, protocol) for protocol in protocols.of_record(record) if protocol in measured]
+
+
+def compare(base: Run, tuned: Run, *, advance: Callable[..., None] = lambda num=1, note="": None) -> Comparison:
     """Tuned minus base over the same items (item id and template); runs over different items are refused."""
-    left, right = by_job(base[1]), by_job(tuned[1])
-    jobs = [job for job in left if job in right]
+    jobs = [job for job in base.jobs if job in tuned.jobs]
     if not jobs:
         raise UserError("the runs have no task and protocol in common; evaluate both with the same suite, tasks and protocols")
-    pairs = {job: _paired(job, base[0]["tasks"][job[0]][job[1]]["metric"], left[job], right[job]) for job in jobs}
-    differences: dict[Job, list[float]] = {job: (after - before).tolist() for job, (before, after) in pairs.items()}
-    ps = {}
+    pairs: dict[Job, _Pairs] = {}
     for job in jobs:
-        ps[job] = stats.paired_p([differences[job]])
+        _require_same_items(job, base.jobs[job], tuned.jobs[job])
+        pairs[job] = _Pairs.of(base.values(job), tuned.values(job))
         advance(note=job[0])
-    adjusted: dict[Job, float] = {}
-    for protocol in protocols.PROTOCOLS:
-        same = [job for job in jobs if job[1] == protocol]
-        adjusted.update(zip(same, stats.holm([ps[job] for job in same]), strict=True))
     tasks, means = [], []
     for role, group in by_role(jobs):
         for job in group:
-            before, after = (100 * float(values.mean()) for values in pairs[job])
-            low, high = stats.mean_difference_interval([differences[job]])
-            metric = base[0]["tasks"][job[0]][job[1]]["metric"]
-            tasks.append(
-                Difference(
-                    role,
-                    *job,
-                    metric,
-                    len(differences[job]),
-                    before,
-                    after,
-                    after - before,
-                    (100 * low, 100 * high),
-                    ps[job],
-                    adjusted[job],
-                )
-            )
+            result = base.results["tasks"][job[0]][job[1]]
+            tested = pairs[job].tested()
+            before, after = tested.pop("before"), tested.pop("after")
+            guesses = {key: result[key] for key in ("metric", "chance", "majority")}
+            tasks.append(Difference(role=role, task=job[0], protocol=job[1], base=before, tuned=after, p_holm=1.0, **guesses, **tested))
         chosen = primary(group)
-        before, after = (100 * float(np.mean([pairs[job][i].mean() for job in chosen])) for i in (0, 1))
-        every = [differences[job] for job in chosen]
-        low, high = stats.mean_difference_interval(every)
+        every = [pairs[job].differences for job in chosen]
+        before = 100 * float(np.mean([pairs[job].before.mean() for job in chosen]))
+        after = 100 * float(np.mean([pairs[job].after.mean() for job in chosen]))
         names, ways = zip(*chosen, strict=True)
-        means.append(
-            Mean(role, names, ways, sum(map(len, every)), before, after, after - before, (100 * low, 100 * high), stats.paired_p(every))
-        )
-    unmatched = tuple(f"{task} ({protocol})" for task, protocol in dict.fromkeys((*left, *right)) if (task, protocol) not in pairs)
-    return Comparison(base[0]["model"]["name"], tuned[0]["model"]["name"], tuple(tasks), tuple(means), unmatched)
+        ci95, p = _percent(stats.mean_interval(every)), stats.paired_p(every)
+        means.append(Mean(role, names, ways, sum(map(len, every)), before, after, after - before, ci95, p))
+    unmatched = tuple(
+        f"{task} ({protocol})" for task, protocol in dict.fromkeys((*base.jobs, *tuned.jobs)) if (task, protocol) not in pairs
+    )
+    return Comparison(base.name, tuned.name, tuple(_adjusted(tasks, lambda row: row.protocol)), tuple(means), unmatched)
 
 
-def _paired(job: Job, metric: str, left: dict[Key, Record], right: dict[Key, Record]) -> tuple[np.ndarray, np.ndarray]:
-    """The values of both runs in one order of items."""
-    advice = "evaluate both with the same data, split, limit and seed"
+def agreements(run: Run, *, advance: Callable[..., None] = lambda num=1, note="": None) -> list[Agreement]:
+    """Every two protocols of a task, over the items that both judged."""
+    found = []
+    for task in run.tasks:
+        advance(note=f"protocols of {run.label}, {task}")
+        for first, second in itertools.combinations(run.ways(task), 2):
+            left, right = run.jobs[task, first], run.jobs[task, second]
+            both = [key for key in left if key in right]
+            if not both:
+                continue
+            result = run.results["tasks"][task][first]
+            same = sum(_choice(left[key]) == _choice(right[key]) for key in both)
+            inside = {(key[0], key[2]) for key in both}
+            before, after = (
+                {item: values for item, values in run.values((task, way)).items() if item in inside} for way in (first, second)
+            )
+            tested = _Pairs.of(before, after).tested()
+            guesses = {key: result[key] for key in ("chance", "majority")}
+            found.append(
+                Agreement(task=task, first=first, second=second, agreement=100 * same / len(both), p_holm=1.0, **guesses, **tested)
+            )
+    return _adjusted(found, lambda row: (row.first, row.second))
+
+
+def differing(run: Run, task: str) -> list[tuple[Key, dict[str, Record]]]:
+    """The items of a task on which its protocols do not all choose the same, with every protocol's record."""
+    ways = run.ways(task)
+    keys = dict.fromkeys(key for way in ways for key in run.jobs[task, way])
+    records = ((key, {way: run.jobs[task, way][key] for way in ways if key in run.jobs[task, way]}) for key in keys)
+    return [(key, there) for key, there in records if len({_choice(record) for record in there.values()}) > 1]
+
+
+def _choice(record: Record) -> str | None:
+    """What was chosen, so that protocols can be asked whether they agree: a choice's text, or the normalised answer."""
+    if record["choices"]:
+        index = record["predicted_index"]
+        return None if index is None else str(record["choices"][index])
+    return metrics.normalize(record["prediction"])
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """(items,) before and after: each item's mean over its templates, in one order of items."""
+
+    before: np.ndarray
+    after: np.ndarray
+
+    @classmethod
+    def of(cls, left: Mapping[tuple[str, int], Sequence[float]], right: Mapping[tuple[str, int], Sequence[float]]) -> "_Pairs":
+        return cls(stats.item_means(list(left.values())), stats.item_means([right[item] for item in left]))
+
+    @property
+    def differences(self) -> list[float]:
+        return list((self.after - self.before).tolist())
+
+    def tested(self) -> dict[str, Any]:
+        """The fields that a difference and an agreement share, in percent."""
+        differences = self.differences
+        effect = stats.detectable_effect(differences)
+        before, after = (100 * float(side.mean()) for side in (self.before, self.after))
+        return {
+            "num_items": len(differences),
+            "before": before,
+            "after": after,
+            "difference": after - before,
+            "ci95": _percent(stats.mean_interval([differences])),
+            "better": sum(each > 0 for each in differences),
+            "worse": sum(each < 0 for each in differences),
+            "detectable": None if effect is None else 100 * effect,
+            "p": stats.paired_p([differences]),
+        }
+
+
+def _percent(ends: tuple[float, float]) -> tuple[float, float]:
+    return 100 * ends[0], 100 * ends[1]
+
+
+def _adjusted(rows: Sequence[Row], family: Callable[[Row], Any]) -> list[Row]:
+    """Rows with Holm's p over those of the same family."""
+    adjusted = list(rows)
+    for name in dict.fromkeys(map(family, rows)):
+        places = [i for i, row in enumerate(rows) if family(row) == name]
+        for i, p in zip(places, stats.holm([rows[i].p for i in places]), strict=True):
+            adjusted[i] = replace(rows[i], p_holm=p)
+    return adjusted
+
+
+def _require_same_items(job: Job, left: Mapping[Key, Record], right: Mapping[Key, Record]) -> None:
+    advice = "evaluate both with the same data, split, templates, limit and seed"
     odd = sorted(left.keys() ^ right.keys())
     if odd:
         raise UserError(
@@ -163,20 +302,6 @@ def _paired(job: Job, metric: str, left: dict[Key, Record], right: dict[Key, Rec
     for key, record in left.items():
         if (record["gold"], record["choices"]) != (right[key]["gold"], right[key]["choices"]):
             raise UserError(f"{job[0]} ({job[1]}): item {key[0]} has another answer or other choices in each run; {advice}")
-    before, after = (np.array([protocols.value(records[key], metric) for key in left]) for records in (left, right))
-    return before, after
-
-
-def by_job(records: Iterable[Record]) -> dict[Job, dict[Key, Record]]:
-    """Records by task and protocol, then by item."""
-    jobs: dict[Job, dict[Key, Record]] = {}
-    for record in records:
-        group = jobs.setdefault((record["task"], record["protocol"]), {})
-        turn = 0
-        while (key := (record["item_id"], record["template"], turn)) in group:
-            turn += 1
-        group[key] = record
-    return jobs
 
 
 def jobs_of(runs: Iterable[dict[str, Any]]) -> list[Job]:
@@ -192,5 +317,8 @@ def by_role(jobs: Sequence[Job]) -> list[tuple[str, list[Job]]]:
 
 
 def primary(jobs: Sequence[Job]) -> list[Job]:
-    """One protocol a task: ranking where it was measured, else generation."""
-    return [job for job in jobs if job[1] == "rank" or (job[0], "rank") not in jobs]
+    """One protocol a task: ranking by sum where it was measured, else generation, else the first there is."""
+    ways: dict[str, list[str]] = {}
+    for task, protocol in jobs:
+        ways.setdefault(task, []).append(protocol)
+    return [(task, next((way for way in ("rank", "generate") if way in there), there[0])) for task, there in ways.items()]

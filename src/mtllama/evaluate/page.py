@@ -1,10 +1,10 @@
 """What a report is made of, and its two renderings: they show the same sections, so they cannot disagree.
 
-What a model wrote is untrusted: HTML escapes it through Jinja, Markdown through `_md` and fences.
+What a model wrote is untrusted: HTML escapes it through Jinja (and figures through matplotlib), Markdown through `_md` and fences.
 """
 
-import base64
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import NamedTuple
@@ -18,6 +18,8 @@ class Cell(NamedTuple):
     text: str
     asides: tuple[str, ...] = ()
     strong: bool = False
+    bar: float | None = None
+    """A share from 0 to 1, drawn as a small bar under the number, which must say the same."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,24 @@ class Picture:
     """A figure and what it shows, in words."""
 
     name: str
+    """Of its files, without an ending."""
     png: bytes
+    svg: str
     alt: str
     caption: str
 
     @property
-    def data(self) -> str:
-        """The PNG as base64, so that the HTML stays one file."""
-        return base64.b64encode(self.png).decode()
+    def inline(self) -> str:
+        """The SVG for a page that holds several: its ids carry the figure's name."""
+        named = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{self.name}-", self.svg)
+        return named.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One item to read."""
+    """Something to unfold and read."""
 
-    task: str
+    group: str
     title: str
     texts: list[tuple[str, str]]
     grids: list[Grid]
@@ -62,6 +67,8 @@ class Section:
 
     title: str
     paragraphs: list[str]
+    terms: list[tuple[str, str]] = field(default_factory=list)
+    """Words that the section uses, and what they mean."""
     warnings: list[str] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
@@ -71,6 +78,12 @@ class Section:
     def anchor(self) -> str:
         """Where links to it go."""
         return re.sub(r"\W+", "-", self.title.lower())
+
+    @property
+    def groups(self) -> Iterator[tuple[str, list[Reading]]]:
+        """Readings that stand under one heading; readings of a group follow each other."""
+        for name in dict.fromkeys(reading.group for reading in self.readings):
+            yield name, [reading for reading in self.readings if reading.group == name]
 
 
 @dataclass(frozen=True)
@@ -103,16 +116,16 @@ def to_markdown(page: Page) -> str:
         *(f"> **Note.** {_md(note)}" for note in page.notes),
     ]
     for section in page.sections:
-        blocks += [f"## {_md(section.title)}", *map(_md, section.paragraphs), *(f"> **Warning.** {_md(text)}" for text in section.warnings)]
-        blocks += [f"![{_md(picture.alt)}](figures/{picture.name})\n\n*{_md(picture.caption)}*" for picture in section.pictures]
+        blocks += [f"## {_md(section.title)}", *map(_md, section.paragraphs)]
+        blocks += ["\n".join(f"* **{_md(term)}**: {_md(meaning)}" for term, meaning in section.terms)] if section.terms else []
+        blocks += [f"> **Warning.** {_md(text)}" for text in section.warnings]
+        blocks += [f"![{_md(picture.alt)}](figures/{picture.name}.png)\n\n*{_md(picture.caption)}*" for picture in section.pictures]
         blocks += [_md_grid(grid) for grid in section.grids]
-        task = None
-        for reading in section.readings:
-            if reading.task != task:
-                task = reading.task
-                blocks.append(f"### {_md(task)}")
-            texts = [f"{_md(label)}:\n\n{_fence(text)}" for label, text in reading.texts]
-            blocks += [f"<details><summary>{_md(reading.title)}</summary>", *texts, *map(_md_grid, reading.grids), "</details>"]
+        for group, readings in section.groups:
+            blocks.append(f"### {_md(group)}")
+            for reading in readings:
+                texts = [f"{_md(label)}:\n\n{_fence(text)}" for label, text in reading.texts]
+                blocks += [f"<details><summary>{_md(reading.title)}</summary>", *texts, *map(_md_grid, reading.grids), "</details>"]
     return "\n\n".join(blocks) + "\n"
 
 

@@ -1,120 +1,147 @@
-"""Two ways to read an answer off a model; each turns the items of a task into records.
+"""Protocols: ways to read an answer off what a model was asked. Each is a pure function of a raw record.
 
-`rank`: T0's rank classification (Sanh et al. 2022): the choice with the largest sum of log-probabilities of its
-tokens and the end marker wins. `generate`: greedy text to the end marker or the first line break, at most 64 tokens.
+A model is asked two things about an item (`ask.py`): how likely each choice is, token by token (a record of the kind
+`score`), and what it answers (`generate`). All protocols are read off these two, so they judge the same computation.
+
+`rank` is T0's rank classification (Sanh et al. 2022): the choice with the largest sum of log-probabilities of its tokens and
+the end marker wins. The others divide that sum: by tokens (`rank-mean`), by characters (`rank-char`) or UTF-8 bytes
+(`rank-byte`) of the choice, or take off what the choice has after an empty prompt (`rank-pmi`). `generate` wants the answer
+word for word after normalisation. `mt-llama` and `mt-llama-glue` are the original's rule (`original.py`).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from mtllama.evaluate import metrics
-from mtllama.model.engine import Branches, Engine
+from mtllama.evaluate import metrics, original
 
-PROTOCOLS = ("rank", "generate")
-PRIMARY = "primary"
-"""Rank where a task has choices, else generate: the protocol that a task's headline number is read from."""
-MAX_NEW_TOKENS = 64
-STOP = ("\n",)
-
+Kind = Literal["score", "generate"]
 Record = dict[str, Any]
 """One line of records.jsonl."""
 
+RANKS = ("rank", "rank-mean", "rank-char", "rank-byte", "rank-pmi")
+GENERATE, ORIGINAL, MENDED = "generate", "mt-llama", "mt-llama-glue"
+PROTOCOLS = (*RANKS, GENERATE, ORIGINAL, MENDED)
+PRIMARY, EVERY = "primary", "all"
+"""`primary`: rank where a task has choices, else generate: what a task's headline number is read from."""
+PMI = "rank-pmi"
+"""The protocol that needs the choices' log-probabilities after an empty prompt as well."""
+
 
 @dataclass(frozen=True)
-class Item:
-    """One rendered item of a task."""
+class Judgement:
+    """What a protocol makes of a record."""
 
-    task: str
-    metric: str
-    template: str
-    item_id: str
-    inputs: str
-    target: str
-    choices: tuple[str, ...] | None
-    references: tuple[str, ...]
-
-    @property
-    def gold(self) -> int | None:
-        """Position of the right choice."""
-        return self.choices.index(self.target) if self.choices else None
-
-
-def resolve(names: Sequence[str], item: Item) -> list[str]:
-    """The protocols among `names` that apply to a task, judged by one of its items: ranking needs choices."""
-    possible = PROTOCOLS if item.choices else ("generate",)
-    wanted = [possible[0] if name == PRIMARY else name for name in names]
-    return [name for name in dict.fromkeys(wanted) if name in possible]
+    predicted: int | None
+    """Place of the chosen one among the choices; none where nothing was chosen or there are no choices."""
+    prediction: str
+    """The choice, or the text."""
+    answer: metrics.Answer
+    """The same, as metrics of a whole set take it."""
+    values: dict[str, float]
+    """What it adds to each metric of the task that an item has by itself, from 0 to 1; the first is the headline."""
+    correct: bool
+    """Whether the answer is right, word for word where it is text."""
+    scores: tuple[float, ...] | None = None
+    """What the choices were ranked by."""
+    not_found: bool = False
+    """The original's rule found nothing in the text and fell through to its class 0, or to an empty answer."""
+    unparsed: bool = False
+    """The text is none of the choices, or empty."""
 
 
-def run(protocol: str, engine: Engine, items: Sequence[Item], advance: Callable[[int], None]) -> list[Record]:
-    """Records of all items under one protocol, in their order."""
-    return (_rank if protocol == "rank" else _generate)(engine, items, advance)
+def kind(protocol: str) -> Kind:
+    """What a model has to be asked for a protocol."""
+    return "score" if protocol in RANKS else "generate"
 
 
-def _rank(engine: Engine, items: Sequence[Item], advance: Callable[[int], None]) -> list[Record]:
-    records, branches = [], []
-    for item in items:
-        assert item.choices is not None
-        choice_ids = [engine.encoder.answer_ids(choice) for choice in item.choices]
-        record = _record("rank", engine, item, room=max(map(len, choice_ids)))
-        record["choice_ids"] = choice_ids
-        records.append(record)
-        branches.append(Branches(record["prompt_ids"], choice_ids))
-    for item, record, scores in zip(items, records, engine.score(branches, advance), strict=True):
-        assert item.choices is not None and item.gold is not None
-        sums = [sum(tokens) for tokens in scores]
-        best = max(range(len(sums)), key=lambda i: sums[i])  # the first of equals
-        record.update(
-            scores=sums,
-            prediction=item.choices[best],
-            predicted_index=best,
-            gold=item.choices[item.gold],
-            gold_index=item.gold,
-            correct=best == item.gold,
-        )
-    return records
+def applies(protocol: str, task: str, template: str, *, choices: bool) -> bool:
+    """Whether a protocol says anything about a task asked through a template: ranking needs choices, the original's rule its prompts."""
+    if protocol in RANKS:
+        return choices
+    return protocol == GENERATE or original.applies(task, template, choices=choices, mended=protocol == MENDED)
 
 
-def _generate(engine: Engine, items: Sequence[Item], advance: Callable[[int], None]) -> list[Record]:
-    records = [_record("generate", engine, item, room=MAX_NEW_TOKENS) for item in items]
-    texts = engine.generate([record["prompt_ids"] for record in records], max_new_tokens=MAX_NEW_TOKENS, stop=STOP, advance=advance)
-    for item, record, text in zip(items, records, texts, strict=True):
-        record["prediction"] = text
-        if item.choices is not None:
-            chosen = metrics.parse_choice(text, item.choices)
-            record.update(
-                predicted_index=chosen,
-                gold=item.choices[item.gold or 0],
-                gold_index=item.gold,
-                correct=chosen == item.gold,
-                unparsed=chosen is None,
-            )
-        else:
-            match = metrics.exact_match(text, item.references)
-            record.update(
-                gold=list(item.references), correct=bool(match), f1=metrics.f1(text, item.references), em=match, unparsed=not text
-            )
-    return records
+def resolve(names: Sequence[str], *, choices: bool) -> tuple[str, ...]:
+    """Protocols by name, `primary` and `all` spelt out for a task with or without choices."""
+    spelt: list[str] = []
+    for name in names:
+        spelt += PROTOCOLS if name == EVERY else ["rank" if choices else GENERATE] if name == PRIMARY else [name]
+    return tuple(dict.fromkeys(spelt))
 
 
-def _record(protocol: str, engine: Engine, item: Item, room: int) -> Record:
-    prompt_ids, cut = engine.encoder.prompt_ids(item.inputs, room=room)
-    prompt = engine.tokenizer.decode(prompt_ids) if cut else engine.encoder.prompt_text(item.inputs)
-    return {
-        "task": item.task,
-        "template": item.template,
+def of_record(record: Record) -> tuple[str, ...]:
+    """The protocols that can be read off a record."""
+    return tuple(
+        protocol
+        for protocol in PROTOCOLS
+        if kind(protocol) == record["kind"]
+        and applies(protocol, record["task"], record["template"], choices=record["choices"] is not None)
+        and (protocol != PMI or record["unconditional"] is not None)
+    )
+
+
+def judge(record: Record, protocol: str) -> Judgement:
+    """What a protocol makes of a record of its kind."""
+    choices = record["choices"]
+    if protocol in RANKS:
+        scores = _SCORES[protocol](record)
+        best = scores.index(max(scores))  # the first of equals
+        return _judgement(record, choices[best], best, scores=scores)
+    text = record["text"]
+    if choices is None:
+        answer = "" if protocol == ORIGINAL and original.NO_ANSWER in text else text
+        return _judgement(record, answer, None, not_found=answer != text, unparsed=not answer)
+    if protocol == GENERATE:
+        chosen = metrics.parse_choice(text, choices)
+        return _judgement(record, text, chosen, unparsed=chosen is None)
+    place, found = original.choose(record["task"], record["template"], text, choices, mended=protocol == MENDED)
+    return _judgement(record, choices[place], place, not_found=found is None)
+
+
+def _judgement(record: Record, text: str, chosen: int | None, **more: Any) -> Judgement:
+    choices, gold, references = record["choices"], record["gold_index"], tuple(record["references"])
+    # By text: where two choices read the same, either is right.
+    same = None if chosen is None else choices.index(choices[chosen])
+    answer = metrics.Answer(text, references, same, gold)
+    right = same == gold if choices is not None else bool(metrics.exact_match(text, references))
+    return Judgement(chosen, text, answer, metrics.item_values(record["metrics"], answer), right, **more)
+
+
+def view(record: Record, protocol: str) -> Record:
+    """A record with a protocol's verdict on it, flat: what tables and reports show."""
+    judged = judge(record, protocol)
+    return record | {
         "protocol": protocol,
-        "item_id": item.item_id,
-        "prompt": prompt,
-        "prompt_ids": prompt_ids,
-        "cut": cut,
-        "choices": list(item.choices) if item.choices else None,
-        "choice_ids": None,
-        "scores": None,
+        "scores": None if judged.scores is None else list(judged.scores),
+        "prediction": judged.prediction,
+        "predicted_index": judged.predicted,
+        "correct": judged.correct,
+        "not_found": judged.not_found,
+        "unparsed": judged.unparsed,
+        "values": judged.values,
     }
 
 
-def value(record: Record, metric: str) -> float:
-    """What a record adds to its task's metric, from 0 to 1."""
-    return float(record["f1"] if metric == "f1" else record["correct"])
+def value(viewed: Record, metric: str) -> float:
+    """What a record under a protocol adds to a metric, from 0 to 1."""
+    return float(viewed["values"][metric])
+
+
+def _sums(record: Record, key: str = "logprobs") -> list[float]:
+    return [sum(tokens) for tokens in record[key]]
+
+
+def _per(record: Record, sizes: Sequence[int]) -> tuple[float, ...]:
+    # A choice of no text has its end marker alone, which counts as one.
+    return tuple(total / max(1, size) for total, size in zip(_sums(record), sizes, strict=True))
+
+
+_SCORES: dict[str, Callable[[Record], tuple[float, ...]]] = {
+    "rank": lambda record: tuple(_sums(record)),
+    "rank-mean": lambda record: _per(record, [len(tokens) for tokens in record["logprobs"]]),
+    "rank-char": lambda record: _per(record, [len(choice) for choice in record["choices"]]),
+    "rank-byte": lambda record: _per(record, [len(choice.encode()) for choice in record["choices"]]),
+    PMI: lambda record: tuple(a - b for a, b in zip(_sums(record), _sums(record, "unconditional"), strict=True)),
+}
+"""The end marker's log-probability is part of every sum; it counts as a token, but has no characters."""

@@ -1,186 +1,282 @@
-"""One model over a suite of tasks: rows -> items -> records.jsonl and results.json."""
+"""One model over a suite of tasks: rows -> items -> raw records -> protocols -> records.jsonl and results.json.
 
+Cut off, the same call goes on: what was asked stands in `<out>.partial`, and only what is missing is asked again.
+"""
+
+import contextlib
 import functools
-import json
-import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from mtllama import config as configs
 from mtllama import folders
-from mtllama.errors import MissingDataError, UserError
+from mtllama.errors import UserError
 from mtllama.evaluate import protocols, stats
-from mtllama.evaluate.protocols import Item, Record
-from mtllama.model.engine import Engine
+from mtllama.evaluate.ask import MAX_NEW_TOKENS, ask, boundary
+from mtllama.evaluate.items import EvalConfig, Item, TaskItems, load_items
+from mtllama.evaluate.journal import RECORDS, Block, Journal, Ranks, json_line
+from mtllama.evaluate.metrics import METRICS
+from mtllama.evaluate.protocols import PMI, Judgement, Kind, Record
+from mtllama.model.engine import Answering
 from mtllama.progress import progress, say
-from mtllama.tasks.catalog import SAMPLER, Rows, Task, data_folder, find_tasks, load_rows
 from mtllama.tasks.files import read_rows
 
-SCHEMA = 1
-RESULTS, RECORDS = "results.json", "records.jsonl"
-SUITES = {
-    "mt-llama": ("squad", "xquad-en", "tydiqa-en", "mlqa-en", "sst2", "openbookqa", "copa", "winogrande", "wic", "mnli", "rte"),
-    SAMPLER: ("squad", "sst2", "openbookqa", "copa", "winogrande", "wic", "mnli", "rte"),
-}
-"""`sampler` reads the embedded data, `mt-llama` the real sets."""
+if TYPE_CHECKING:
+    from mtllama.data.contamination import Report
+    from mtllama.data.mixture import MixtureConfig
+
+SCHEMA = 2
+RESULTS = "results.json"
+MACRO_F1 = "macro-f1"
+BLOCK = 256
+"""Renderings that are asked in one go: enough to sort by length, few enough that a kill loses little."""
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """What is measured."""
+class Seen:
+    """What the training data of the model shares with the tasks."""
 
-    suite: str = SAMPLER
-    tasks: tuple[str, ...] = ()
-    """Names out of the suite; none means all of them."""
-    data_dir: Path | None = None
-    split: str | None = None
-    protocols: tuple[str, ...] = protocols.PROTOCOLS
-    limit: int | None = None
-    """Items a task: a seeded sample without replacement, in file order, the same for every model and protocol."""
-    seed: int = 0
+    recipe: str
+    report: "Report"
 
-    def __post_init__(self) -> None:
-        if self.suite not in SUITES:
-            raise UserError(f"unknown suite {self.suite!r}; choose one of {', '.join(SUITES)}")
-        for protocol in self.protocols:
-            if protocol not in (*protocols.PROTOCOLS, protocols.PRIMARY):
-                raise UserError(f"unknown protocol {protocol!r}; choose among {', '.join(protocols.PROTOCOLS)}, {protocols.PRIMARY}")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit is {self.limit}; at least 1 is needed")
+    @classmethod
+    def of(cls, recipe: str, mixture: "MixtureConfig", tasks: Sequence[TaskItems]) -> "Seen":
+        """Compare a mixture's training rows with all rows of the tasks."""
+        from mtllama.data import contamination  # Grain, behind the mixture, takes seconds to import
+        from mtllama.data.mixture import passages, training_passages
+
+        return cls(recipe, contamination.check(training_passages(mixture), [passages(each.rows) for each in tasks]))
 
 
-@dataclass(frozen=True)
-class TaskItems:
-    """The items of one task, by template."""
+def evaluate(
+    engine: Answering,
+    config: EvalConfig,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    ranks: Ranks | None = None,
+    loaded: tuple[list[TaskItems], dict[str, str]] | None = None,
+    mixture: "tuple[str, MixtureConfig] | None" = None,
+) -> dict[str, Any]:
+    """Measure a model; writes `results.json` and `records.jsonl` into `out` and returns the results.
 
-    task: Task
-    rows: Rows
-    items: list[Item]
-    skipped: int
-    """Rows to which a template does not apply."""
-
-
-def load_items(config: EvalConfig) -> tuple[list[TaskItems], dict[str, str]]:
-    """Items of every task whose data is there, and for the others why not.
-
-    A task that was named is required; a task that is only part of the suite may be missing.
+    `loaded`: what `load_items` gave for this config, where that was called before. `mixture`: what the model was trained on, and what to call it: items that occur in it are told apart. All ranks.
     """
-    find_tasks(config.tasks)
-    for name in config.tasks:
-        if name not in SUITES[config.suite]:
-            raise UserError(f"{name} is not in the suite {config.suite}; it has: {', '.join(SUITES[config.suite])}")
-    folder = data_folder(config.data_dir if config.data_dir is not None else Path(SAMPLER) if config.suite == SAMPLER else None)
-    found, missing = [], {}
-    for task in find_tasks(name for name in SUITES[config.suite] if not config.tasks or name in config.tasks):
-        try:
-            rows = load_rows(task, folder, config.split)
-        except UserError as error:
-            absent = isinstance(error, MissingDataError) or "the hub" in str(error)
-            if config.tasks or not absent:
-                raise
-            missing[task.name] = str(error)
-            continue
-        found.append(_task_items(task, rows, config))
-    if not found:
-        raise UserError(f"no data for any task of the suite {config.suite}: {next(iter(missing.values()))}")
-    return found, missing
-
-
-def _task_items(task: Task, rows: Rows, config: EvalConfig) -> TaskItems:
-    items, skipped = [], 0
-    for index in sample_indices(len(rows.rows), config.limit, f"{config.seed}/{task.name}"):
-        for template in task.prompts[:1]:
-            example = rows.render(index, template, seed=config.seed)
-            if example is None:
-                skipped += 1
-                continue
-            references = task.row_references(rows.rows[index], example)
-            items.append(
-                Item(
-                    task.name, task.metric, template.name, rows.row_id(index), example.inputs, example.targets, example.choices, references
-                )
-            )
-    if not items:
-        raise UserError(f"{rows.origin}: no row has a label, so {task.name} cannot be judged; use another --split")
-    return TaskItems(task, rows, items, skipped)
-
-
-def sample_indices(n: int, limit: int | None, seed: str) -> list[int]:
-    """A seeded sample of row numbers without replacement, in file order."""
-    if limit is None or limit >= n:
-        return list(range(n))
-    return sorted(random.Random(seed).sample(range(n), limit))
-
-
-def evaluate(engine: Engine, config: EvalConfig, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Measure a model; writes `results.json` and `records.jsonl` into `out` and returns the results."""
-    folders.require_new(out, overwrite=overwrite)
-    tasks, missing = load_items(config)
+    ranks = ranks or Ranks()
+    if ranks.rank == 0:
+        folders.require_new(out, overwrite=overwrite)
+    tasks, missing = loaded or load_items(config)
+    say_first = say if ranks.rank == 0 else _silent
     for reason in missing.values():
-        say(f"left out: {reason}")
-    jobs = [(each, protocol) for each in tasks for protocol in protocols.resolve(config.protocols, each.items[0])]
-    if not jobs:
-        raise UserError(f"the protocol {','.join(config.protocols)} applies to none of the tasks; ranking needs choices: add generate")
-    results: dict[str, Any] = {}
-    with folders.new_folder(out, overwrite=overwrite) as folder, open(folder / RECORDS, "w", encoding="utf-8") as handle:
-        with progress("evaluate", sum(len(each.items) for each, _ in jobs)) as advance:
-            for each, protocol in jobs:
-                records = protocols.run(protocol, engine, each.items, functools.partial(advance, note=each.task.name))
-                for record in records:
-                    handle.write(json.dumps(record, ensure_ascii=False) + "\n")
-                results.setdefault(each.task.name, {})[protocol] = summarize(each, records)
-        whole = {
-            "schema": SCHEMA,
-            "model": engine.loaded.describe(),
-            "format": engine.loaded.format.name,
-            "dtype": str(engine.loaded.dtype).removeprefix("torch."),
-            "suite": config.suite,
-            "seed": config.seed,
-            "limit": config.limit,
-            "versions": folders.versions(),
-            "missing": missing,
-            "tasks": results,
-        }
-        folders.write_json(folder / RESULTS, whole)
-    return whole
+        say_first(f"left out: {reason}")
+    described = engine.describe()
+    asked = {
+        "model": described["weights_sha256"],
+        "format": engine.encoder.format.name,
+        "dtype": described.pop("dtype"),
+        "boundary": boundary(engine),
+        "suite": config.suite,
+        "split": config.split,
+        "templates": config.asked_templates,
+        "limit": config.limit,
+        "seed": config.seed,
+        "protocols": list(config.asked_protocols),
+        "data_sha256": {each.task.name: each.sha256 for each in tasks},
+        "versions": folders.versions(),
+    }
+    journal = Journal(out.with_name(out.name + ".partial"), asked, _blocks(tasks), ranks, overwrite=overwrite)
+    done = False
+    try:
+        _ask_all(engine, journal, tasks, ranks)
+        ranks.wait()
+        if ranks.rank == 0:
+            whole = {
+                "schema": SCHEMA,
+                **asked,
+                "model": described,
+                "max_new_tokens": MAX_NEW_TOKENS,
+                "missing": missing,
+                "tasks": {},
+            }
+            seen = Seen.of(mixture[0], mixture[1], tasks) if mixture else None
+            if mixture and seen:
+                whole["contamination"] = {
+                    "recipe": mixture[0],
+                    "mixture": configs.to_dict(mixture[1]),
+                    "rows": dict(seen.report.train_sizes),
+                }
+            _finish(journal.records(), tasks, whole, seen, out, overwrite=overwrite)
+            done = True
+        ranks.wait()
+    finally:
+        journal.close(remove=done)
+    return dict(folders.read_json(out / RESULTS))
 
 
-def summarize(each: TaskItems, records: Sequence[Record]) -> dict[str, Any]:
-    """The result of one task under one protocol; shares in percent."""
-    result = _summary(each.task.metric, records)
-    by_template: dict[str, list[Record]] = {}
+def _silent(text: str) -> None:
+    pass
+
+
+def _blocks(tasks: Sequence[TaskItems]) -> list[Block]:
+    """All that is asked, in the order of the records: task by task, first the scores. A row is never torn apart."""
+    blocks = []
+    for each in tasks:
+        for kind in dict.fromkeys(protocols.kind(protocol) for protocol in each.protocols):
+            wanted = [item for item in each.items if kind == "generate" or item.choices is not None]
+            block: list[Item] = []
+            for item in wanted:
+                if len(block) >= BLOCK and item.row != block[-1].row:
+                    blocks.append(Block(kind, block))
+                    block = []
+                block.append(item)
+            if block:
+                blocks.append(Block(kind, block))
+    return blocks
+
+
+def _ask_all(engine: Answering, journal: Journal, tasks: Sequence[TaskItems], ranks: Ranks) -> None:
+    pmi = {each.task.name for each in tasks if PMI in each.protocols}
+    left = journal.left()
+    mine = [block for number, block in enumerate(journal.blocks) if number % ranks.size == ranks.rank]
+    total, there = (sum(len(block.items) for block in blocks) for blocks in (mine, left))
+    if there < total and ranks.rank == 0:
+        say(f"going on: {total - there} of {total} answers are there")
+    with _progress(ranks, total, total - there) as advance:
+        for block in left:
+            task = block.items[0].task
+            journal.append(ask(block.kind, engine, block.items, unconditional=task in pmi, advance=functools.partial(advance, note=task)))
+
+
+@contextlib.contextmanager
+def _progress(ranks: Ranks, total: int, done: int) -> Iterator[Callable[..., None]]:
+    if ranks.rank:
+        yield lambda num=1, note="": None
+    else:
+        with progress("evaluate", total, done=done) as advance:
+            yield advance
+
+
+def _finish(
+    records: Sequence[Record], tasks: Sequence[TaskItems], whole: dict[str, Any], seen: Seen | None, out: Path, *, overwrite: bool
+) -> None:
+    by_task: dict[tuple[str, Kind], list[Record]] = {}
     for record in records:
-        by_template.setdefault(record["template"], []).append(record)
-    result.update(
-        split=each.rows.split,
-        note=each.rows.note,
-        data=Path(each.rows.origin).name,
-        skipped=each.skipped,
-        templates={name: _summary(each.task.metric, group) for name, group in by_template.items()},
-    )
-    return result
+        by_task.setdefault((record["task"], record["kind"]), []).append(record)
+    for each in tasks:
+        for protocol in each.protocols:
+            mine = by_task.get((each.task.name, protocols.kind(protocol)), [])
+            result = summarize([record for record in mine if protocol in protocols.of_record(record)], protocol)
+            if seen:
+                result["contamination"] = _with_and_without(mine, protocol, seen.report.items(each.task.name))
+            result |= {
+                "split": each.rows.split,
+                "note": each.rows.note,
+                "data": Path(each.rows.origin).name,
+                "data_sha256": each.sha256,
+                "skipped": each.skipped,
+            }
+            whole["tasks"].setdefault(each.task.name, {})[protocol] = result
+    with folders.new_folder(out, overwrite=overwrite) as folder:
+        (folder / RECORDS).write_text("".join(json_line(record) for record in records), encoding="utf-8")
+        folders.write_json(folder / RESULTS, whole)
 
 
-def _summary(metric: str, records: Sequence[Record]) -> dict[str, Any]:
-    values = [protocols.value(record, metric) for record in records]
-    low, high = stats.interval(values)
-    percent = 100 * sum(values) / len(values)
-    result: dict[str, Any] = {"metric": metric, "value": percent, metric: percent, "ci95": [100 * low, 100 * high], "n": len(records)}
-    if metric == "f1":
-        result["em"] = 100 * sum(record["em"] for record in records) / len(records)
-    ranked = [record for record in records if record["choices"]]
+def summarize(records: Sequence[Record], protocol: str) -> dict[str, Any]:
+    """The result of one task under one protocol; shares in percent.
+
+    With several templates the value is the mean over them, and its interval is over rows: the renderings of a row are not
+    independent of each other.
+    """
+    judged = [(record, protocols.judge(record, protocol)) for record in records]
+    by_template: dict[str, list[tuple[Record, Judgement]]] = {}
+    for record, judgement in judged:
+        by_template.setdefault(record["template"], []).append((record, judgement))
+    templates = {name: _summary(group) for name, group in by_template.items()}
+    metric = next(iter(judged[0][1].values))
+    by_row: dict[int, list[float]] = {}
+    for record, judgement in judged:
+        by_row.setdefault(record["row"], []).append(judgement.values[metric])
+    low, high = stats.clustered_interval(list(by_row.values()))
+    each = list(templates.values())
+    result: dict[str, Any] = {"protocol": protocol, "metric": metric}
+    result |= {
+        name: _mean([template.get(name) for template in each]) for name in dict.fromkeys(name for t in each for name in t["metrics"])
+    }
+    result |= {"value": result[metric], "ci95": [100 * low, 100 * high], "n": len(judged), "rows": len(by_row)}
+    result |= {name: _mean([template[name] for template in each]) for name in ("chance", "majority")}
+    result |= {name: sum(template[name] for template in each) for name in ("unparsed", "not_found", "cut")}
+    return result | {"over_templates": _spread([template["value"] for template in each]), "templates": templates}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """How a value differs from template to template; quartiles by linear interpolation."""
+    low, first, median, third, high = (float(value) for value in np.quantile(values, (0, 0.25, 0.5, 0.75, 1)))
+    return {
+        "templates": len(values),
+        "mean": sum(values) / len(values),
+        "median": median,
+        "q1": first,
+        "q3": third,
+        "min": low,
+        "max": high,
+        "spread": high - low,
+    }
+
+
+def _summary(judged: Sequence[tuple[Record, Judgement]]) -> dict[str, Any]:
+    """The result of one template."""
+    judgements = [judgement for _, judgement in judged]
+    metric = next(iter(judgements[0].values))
+    low, high = stats.interval([judgement.values[metric] for judgement in judgements])
+    values = {name: _metric(name, judgements) for name in judged[0][0]["metrics"]}
+    result: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    ranked = [record for record, _ in judged if record["choices"]]
     golds = Counter(record["gold_index"] for record in ranked)
-    result["chance"] = 100 * sum(1 / len(record["choices"]) for record in ranked) / len(ranked) if ranked else None
-    result["majority"] = 100 * max(golds.values()) / len(ranked) if ranked else None
-    result["unparsed"] = sum(bool(record.get("unparsed")) for record in records)
-    result["cut"] = sum(record["cut"] for record in records)
-    return result
+    return result | {
+        "metric": metric,
+        "metrics": list(result),
+        "value": result[metric],
+        "ci95": [100 * low, 100 * high],
+        "n": len(judged),
+        "chance": 100 * sum(1 / len(record["choices"]) for record in ranked) / len(ranked) if ranked else None,
+        "majority": 100 * max(golds.values()) / len(ranked) if ranked else None,
+        "unparsed": sum(judgement.unparsed for judgement in judgements),
+        "not_found": sum(judgement.not_found for judgement in judgements),
+        "cut": sum(record["cut"] for record, _ in judged),
+    }
+
+
+def _metric(name: str, judgements: Sequence[Judgement]) -> float | None:
+    """A metric in percent, of the items or of their set; none where it is of choices and there are none."""
+    answers = [judgement.answer for judgement in judgements]
+    if name in judgements[0].values:
+        return 100 * sum(judgement.values[name] for judgement in judgements) / len(judgements)
+    return 100 * METRICS[name].value(answers) if all(answer.gold is not None for answer in answers) or name != MACRO_F1 else None
+
+
+def _with_and_without(records: Sequence[Record], protocol: str, found: Collection[int]) -> dict[str, Any]:
+    """The results on the rows that occur in the training data, and on the others; none where there are none."""
+    fits = [record for record in records if protocol in protocols.of_record(record)]
+    parts = {
+        "found": [record for record in fits if record["row"] in found],
+        "clean": [record for record in fits if record["row"] not in found],
+    }
+    kept = ("value", "ci95", "n", "rows")
+    return {name: {key: summarize(part, protocol)[key] for key in kept} if part else None for name, part in parts.items()}
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
-    """Results and records of an evaluation folder."""
+    """Results and raw records of an evaluation folder."""
     if not (folder / RESULTS).is_file():
         raise UserError(f"{folder} has no {RESULTS}; give a folder made by: mtllama eval MODEL --out {folder}")
     results = folders.read_json(folder / RESULTS)

@@ -1,24 +1,34 @@
 """A loaded model asked two things: how likely is each of these answers, and what do you answer.
 
 Answers to one prompt share its computation: the prompt stands once, all answers behind it as branches of a tree in
-the same forward pass, each seeing the prompt and itself only. That is exact, not an approximation.
+the same forward pass, each seeing the prompt and itself only. That is exact, not an approximation. Items stand one behind
+the other in one row, so nothing is computed for padding (`model/packed.py`); a row of generation that has ended gives its
+slot to the next prompt.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
 from mtllama.data.prompt import PromptEncoder
 from mtllama.model.load import LoadedModel
+from mtllama.model.packed import PACKED, Cache, Step, Trees
 
-TOKENS_PER_PASS = 2048
-"""Tokens in one forward pass, padding included: enough to keep two cores or a GPU busy, small in memory."""
-ROWS_PER_CHUNK = 256
+TOKENS_PER_PASS = 1024
+"""Tokens in one forward pass: enough to keep two cores or a GPU busy, small in memory."""
+ROWS_PER_CHUNK = 128
 """Rows multiplied with the head at a time."""
-ROWS_PER_GENERATION = 32
+ROWS_PER_GENERATION = 64
 """Prompts continued together."""
+CACHE_BYTES = 2**28
+"""Memory of a CPU for the keys and values of prompts that are continued together; one prompt may take more."""
+CACHE_SHARE = 8
+"""One part in so many of a GPU's memory is for them there."""
+REFILL = 8
+"""Slots are filled again when one in so many is free: then a pass has prompts enough to be worth it."""
 
 
 @dataclass(frozen=True)
@@ -33,75 +43,129 @@ class Branches:
         return len(self.prompt) + sum(len(answer) - 1 for answer in self.answers)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """An answer's log-probabilities (nat), token by token, and whether each token was the likeliest in its place."""
+
+    log_probs: list[float]
+    greedy: bool
+
+
+class Answering(Protocol):
+    """What an evaluation needs of a model, wherever it runs: an `Engine` here, or a server (`evaluate/endpoint.py`)."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the model, as transformers has it."""
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """Text to ids and back, in the format of the evaluation."""
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for results: which model, and the dtype that it computes in."""
+
+    def score(self, items: Sequence[Branches], advance: Callable[[int], None] = ...) -> list[list[list[float]]]:
+        """Log-probabilities (nat) of every token of every answer: item -> answer -> token."""
+
+    def generate(
+        self, prompts: Sequence[list[int]], *, max_new_tokens: int = ..., stop: Sequence[str] = ..., advance: Callable[[int], None] = ...
+    ) -> list[str]:
+        """Greedy continuations of prompt ids, each cut before its first stop string or end marker."""
+
+
+@dataclass
+class _Row:
+    """A prompt that is being continued: its number, and what has been said so far."""
+
+    number: int
+    new: list[int] = field(default_factory=list)
+
+
 class Engine:
     """Scoring and greedy generation over a model. Everything is computed under `torch.inference_mode`."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        from transformers import GenerationConfig
-
         self.loaded = loaded
         self.model, self.tokenizer = loaded.model.eval(), loaded.tokenizer
-        # A folder's own penalties and stop strings would get into `generate`; greedy means the most likely token here.
-        self.model.generation_config = GenerationConfig()
+        self.model.set_attn_implementation(PACKED)
+        self.decoder, self.head = self.model.get_decoder(), self.model.get_output_embeddings()
         self.device = next(self.model.parameters()).device
+        # Whoever gives a mask of four dimensions has no other made; the plan says who sees whom.
+        self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         self.encoder = PromptEncoder(loaded.tokenizer, loaded.format, loaded.max_length)
 
-    @torch.inference_mode()
+    def describe(self) -> dict[str, Any]:
+        """Facts for results: which model, and the dtype that it computes in."""
+        return {**self.loaded.describe(), "dtype": str(self.loaded.dtype).removeprefix("torch.")}
+
     def score(self, items: Sequence[Branches], advance: Callable[[int], None] = lambda n: None) -> list[list[list[float]]]:
         """Log-probabilities (nat) of every token of every answer: item -> answer -> token.
 
-        Items are grouped by length, so the order of `items` does not matter to speed; the result is in their order.
+        An answer has at least one token, and so has a prompt. The order of `items` does not matter to speed; the result is in it.
         """
-        results: list[list[list[float]]] = [[] for _ in items]
+        return [[answer.log_probs for answer in item] for item in self.judge(items, advance)]
+
+    @torch.inference_mode()
+    def judge(self, items: Sequence[Branches], advance: Callable[[int], None] = lambda n: None) -> list[list[Scored]]:
+        """What `score` gives, and whether greedy text would have been the answer: item -> answer."""
+        results: list[list[Scored]] = [[] for _ in items]
         for group in _groups([len(item) for item in items], TOKENS_PER_PASS):
             for i, scores in zip(group, self._score_pass([items[i] for i in group]), strict=True):
                 results[i] = scores
             advance(len(group))
         return results
 
-    def _score_pass(self, items: Sequence[Branches]) -> list[list[list[float]]]:
-        width = max(len(item) for item in items)
-        ids = torch.zeros(len(items), width, dtype=torch.int64)
-        positions = torch.zeros(len(items), width, dtype=torch.int64)
-        # A padded place sees itself, so that no row of the mask is empty (its softmax would be NaN).
-        mask = torch.eye(width, dtype=torch.bool).repeat(len(items), 1, 1)  # [batch, query, key]
-        rows: list[int] = []  # flat places whose next token is scored
+    def _score_pass(self, items: Sequence[Branches]) -> list[list[Scored]]:
+        ids: list[int] = []
+        rows: list[int] = []  # places whose next token is scored
         wanted: list[int] = []
-        for r, item in enumerate(items):
-            start = len(item.prompt)
-            ids[r, :start] = torch.tensor(item.prompt)
-            positions[r, :start] = torch.arange(start)
-            mask[r, :start, :start] = torch.ones(start, start, dtype=torch.bool).tril()
-            place = start
+        row_of: list[int] = []  # for each of `wanted`, which of `rows` it is read from
+        for item in items:
+            ids += item.prompt
+            prompt_row = len(rows)
+            rows.append(len(ids) - 1)
             for answer in item.answers:
-                fed = len(answer) - 1
-                end = place + fed
-                ids[r, place:end] = torch.tensor(answer[:-1], dtype=torch.int64)
-                positions[r, place:end] = torch.arange(start, start + fed)
-                mask[r, place:end, :start] = True
-                mask[r, place:end, place:end] = torch.ones(fed, fed, dtype=torch.bool).tril()
-                rows += [r * width + start - 1] + [r * width + p for p in range(place, end)]
+                row_of += [prompt_row, *range(len(rows), len(rows) + len(answer) - 1)]
+                rows += range(len(ids), len(ids) + len(answer) - 1)
+                ids += answer[:-1]
                 wanted += answer
-                place = end
-        hidden = self.model.get_decoder()(
-            input_ids=ids.to(self.device),
-            position_ids=positions.to(self.device),
-            attention_mask=mask[:, None].to(self.device),
-            use_cache=False,
-        ).last_hidden_state  # [batch, seq, hidden]
-        log_probs = self._log_probs(hidden.flatten(0, 1)[torch.tensor(rows, device=self.device)], torch.tensor(wanted, device=self.device))
-        flat = iter(log_probs.tolist())
-        return [[[next(flat) for _ in answer] for answer in item.answers] for item in items]
+        plan = Trees([(len(item.prompt), [len(answer) - 1 for answer in item.answers]) for item in items], self.device)
+        log_probs, likeliest = self._log_probs(self._hidden(ids, plan), rows, row_of, wanted)
+        results, first = [], 0
+        for item in items:
+            ends = list(itertools.accumulate(map(len, item.answers), initial=first))
+            results.append([Scored(log_probs[a:b], all(likeliest[a:b])) for a, b in itertools.pairwise(ends)])
+            first = ends[-1]
+        return results
 
-    def _log_probs(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Log-probability of `tokens` [n] after `hidden` [n, hidden], in chunks so that logits stay small."""
-        head = self.model.get_output_embeddings()
-        parts = []
-        for start in range(0, len(tokens), ROWS_PER_CHUNK):
-            wanted = tokens[start : start + ROWS_PER_CHUNK]
-            logits = head(hidden[start : start + ROWS_PER_CHUNK]).float()  # [chunk, vocab]
-            parts.append(logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(dim=1))
-        return torch.cat(parts)
+    def _hidden(self, ids: Sequence[int], plan: Trees | Step) -> torch.Tensor:
+        """What the model makes of one packed row. [seq, hidden]"""
+        hidden: torch.Tensor = self.decoder(
+            input_ids=torch.tensor([ids], device=self.device),
+            position_ids=plan.positions[None].to(self.device),
+            attention_mask=self._no_mask,
+            use_cache=False,
+            plan=plan,
+        ).last_hidden_state[0]
+        return hidden
+
+    def _log_probs(
+        self, hidden: torch.Tensor, rows: Sequence[int], row_of: Sequence[int], wanted: Sequence[int]
+    ) -> tuple[list[float], list[bool]]:
+        """Log-probability of each of `wanted` behind row `rows[row_of]` of `hidden`, and whether none is likelier; in chunks, so that
+        logits stay small.
+        """
+        places, tokens, sources = (torch.tensor(each, device=self.device) for each in (rows, wanted, row_of))
+        found = torch.empty(len(wanted), device=self.device)
+        likeliest = torch.empty(len(wanted), dtype=torch.bool, device=self.device)
+        for start in range(0, len(rows), ROWS_PER_CHUNK):
+            logits = self.head(hidden[places[start : start + ROWS_PER_CHUNK]]).float()  # [chunk, vocab]
+            here = ((sources >= start) & (sources < start + ROWS_PER_CHUNK)).nonzero().squeeze(1)
+            source = sources[here] - start
+            found[here] = logits[source, tokens[here]] - logits.logsumexp(dim=1)[source]
+            likeliest[here] = logits.argmax(dim=1)[source] == tokens[here]
+        return found.tolist(), likeliest.tolist()
 
     @torch.inference_mode()
     def generate(
@@ -116,37 +180,94 @@ class Engine:
 
         Blanks and line breaks before the first word do not count as a stop.
         """
-        texts = [""] * len(prompts)
-        for group in _groups([len(prompt) for prompt in prompts], TOKENS_PER_PASS * 2, ROWS_PER_GENERATION):
-            for i, text in zip(group, self._generate_pass([prompts[i] for i in group], max_new_tokens, stop), strict=True):
-                texts[i] = text
-            advance(len(group))
-        return texts
+        found = self.continue_ids(prompts, max_new_tokens=max_new_tokens, ended=lambda new: self._stopped(new, stop), advance=advance)
+        return [self._text(ids, stop) for ids in found]
 
-    def _generate_pass(self, prompts: Sequence[list[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
-        from transformers import GenerationConfig, StoppingCriteriaList
+    @torch.inference_mode()
+    def continue_ids(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        max_new_tokens: int,
+        ended: Callable[[list[int]], bool] = lambda new: False,
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> list[list[int]]:
+        """Greedy continuations as ids: each to its end marker, to where `ended` says so of its ids, or to the limit."""
+        found: list[list[int]] = [[] for _ in prompts]
+        places = self._cache_bytes() // self._bytes_per_place()
+        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        while longest_first:
+            width = len(prompts[longest_first[0]]) + max_new_tokens
+            room, slots = max(1, places // width), min(ROWS_PER_GENERATION, len(longest_first))
+            # Where memory does not allow as many slots as are wanted, prompts of half the length get their own, and more of them.
+            alike = sum(room >= slots or 2 * (len(prompts[i]) + max_new_tokens) > width for i in longest_first)
+            self._continue(prompts, longest_first[:alike], Cache(min(room, slots), width), max_new_tokens, ended, found, advance)
+            longest_first = longest_first[alike:]
+        return found
 
-        width = max(len(prompt) for prompt in prompts)
-        pad = self.tokenizer.eos_token_id
-        ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
-        attention = torch.zeros(len(prompts), width, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            attention[row, width - len(prompt) :] = 1
+    def _cache_bytes(self) -> int:
+        # Of all memory, not of what is free: what is computed together must not depend on who else is there.
+        return torch.cuda.get_device_properties(self.device).total_memory // CACHE_SHARE if self.device.type == "cuda" else CACHE_BYTES
 
-        def stopped(generated: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            tails = self.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-            return torch.tensor([any(s in tail.lstrip() for s in stop) for tail in tails], device=generated.device)
+    def _bytes_per_place(self) -> int:
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * dim * self.loaded.dtype.itemsize)
 
-        generated = self.model.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=attention.to(self.device),
-            generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=self.tokenizer.eos_token_id
-            ),
-            stopping_criteria=StoppingCriteriaList([stopped]) if stop else None,
-        )
-        return [self._text(row, stop) for row in generated[:, width:].tolist()]
+    def _continue(
+        self,
+        prompts: Sequence[list[int]],
+        order: Sequence[int],
+        cache: Cache,
+        max_new_tokens: int,
+        ended: Callable[[list[int]], bool],
+        found: list[list[int]],
+        advance: Callable[[int], None],
+    ) -> None:
+        """Fill in what is `found` for the prompts in `order`."""
+        waiting, taken = list(reversed(order)), list[_Row]()  # in the order of the cache's slots
+        while waiting or taken:
+            free = cache.slots - len(taken)
+            if waiting and free * REFILL >= cache.slots:
+                new = [_Row(waiting.pop())]
+                tokens = len(prompts[new[0].number])
+                while waiting and len(new) < free and tokens + len(prompts[waiting[-1]]) <= TOKENS_PER_PASS:
+                    tokens += len(prompts[waiting[-1]])
+                    new.append(_Row(waiting.pop()))
+                logits = self._begin([prompts[row.number] for row in new], cache)
+                taken += new
+            else:
+                new = taken
+                logits = self._step([row.new[-1] for row in taken], cache)
+            for row, token in zip(new, logits.argmax(-1).tolist(), strict=True):
+                row.new.append(token)
+            done = 0
+            for slot in reversed(range(len(taken) - len(new), len(taken))):  # from behind: those that move have been looked at
+                row = taken[slot]
+                if row.new[-1] == self.tokenizer.eos_token_id or len(row.new) >= max_new_tokens or ended(row.new):
+                    found[row.number] = row.new
+                    taken[slot] = taken[cache.leave(slot)]
+                    taken.pop()
+                    done += 1
+            if done:
+                advance(done)
+
+    def _begin(self, prompts: Sequence[list[int]], cache: Cache) -> torch.Tensor:
+        """Read prompts into free slots; logits of what comes next. [prompts, vocab]"""
+        plan = Trees([(len(prompt), ()) for prompt in prompts], self.device, cache)
+        hidden = self._hidden([token for prompt in prompts for token in prompt], plan)
+        logits: torch.Tensor = self.head(hidden[torch.tensor(plan.starts[1:], device=self.device) - 1])
+        return logits
+
+    def _step(self, tokens: Sequence[int], cache: Cache) -> torch.Tensor:
+        """Go on by one token in every slot that is taken. [slots, vocab]"""
+        logits: torch.Tensor = self.head(self._hidden(tokens, Step(cache, self.device)))
+        return logits
+
+    def _stopped(self, new: list[int], stop: Sequence[str]) -> bool:
+        text = self.tokenizer.decode(new, skip_special_tokens=True).lstrip() if stop else ""
+        return any(s in text for s in stop)
 
     def _text(self, ids: list[int], stop: Sequence[str]) -> str:
         if self.tokenizer.eos_token_id in ids:
@@ -161,11 +282,9 @@ class Engine:
     ) -> Iterator[str]:
         """Pieces of text as they are generated; a character is never split, a stop string never shown."""
         generator = torch.Generator(device=self.device).manual_seed(seed)
-        ids = torch.tensor([prompt], device=self.device)
-        cache, new, shown = None, [], ""
+        cache, new, shown = Cache(1, len(prompt) + max_new_tokens), list[int](), ""
         for _ in range(max_new_tokens):
-            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, logits = out.past_key_values, out.logits[0, -1].float()
+            logits = (self._step(new[-1:], cache) if new else self._begin([prompt], cache))[0].float()
             if temperature > 0:
                 token = int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
             else:
@@ -173,7 +292,6 @@ class Engine:
             if token == self.tokenizer.eos_token_id:
                 break
             new.append(token)
-            ids = torch.tensor([[token]], device=self.device)
             text = self.tokenizer.decode(new, skip_special_tokens=True).lstrip()
             ended = [text.index(s) for s in stop if s in text]
             if ended:
@@ -198,13 +316,15 @@ class Engine:
         return max((text.rstrip("\N{REPLACEMENT CHARACTER}") for text in texts), key=len, default="")
 
 
-def _groups(lengths: Sequence[int], max_tokens: int, max_rows: int = 1 << 30) -> Iterator[list[int]]:
-    """Indices in groups of like length, longest first, each within the budget of padded tokens."""
+def _groups(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in groups, longest first, each within the budget of tokens or alone."""
     group: list[int] = []
+    tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if group and ((len(group) + 1) * lengths[group[0]] > max_tokens or len(group) >= max_rows):
+        if group and tokens + lengths[i] > max_tokens:
             yield group
-            group = []
+            group, tokens = [], 0
         group.append(i)
+        tokens += lengths[i]
     if group:
         yield group

@@ -2,8 +2,10 @@
 
 import difflib
 import functools
+import itertools
+import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -26,6 +28,17 @@ SAMPLER = "sampler"
 
 
 @dataclass(frozen=True)
+class Joined:
+    """A set made of two others: the rows of one, some columns taken from the rows of the same `id` in the other."""
+
+    rows: str
+    """The set whose rows these are."""
+    columns: tuple[str, ...]
+    source: str
+    """The set that the columns come from."""
+
+
+@dataclass(frozen=True)
 class Task:
     """A data set with its prompts: what is asked, where its rows are, how an answer is judged."""
 
@@ -42,9 +55,14 @@ class Task:
     """Columns whose text makes a row what it is (context, question, document): where the same text is looked for in two sets."""
     prompts: tuple[Template, ...]
     licence: str
-    metric: Literal["accuracy", "f1", "rouge"]
+    metrics: tuple[str, ...]
+    """What an answer is judged by (names of `evaluate.metrics.METRICS`), the headline first."""
     split: str
     """The protocol's own split."""
+    languages: tuple[str, ...] = ("en",)
+    """The language, or two: the context's (and so the answer's), and that of the question asked about it."""
+    joined: Joined | None = None
+    """The two sets that this one is made of, where it has no rows of its own."""
     references: str | None = None
     """Path to the accepted answers in a row (`answers.text`), for metrics with several; else the target."""
     derive: dict[str, str] = field(default_factory=dict)
@@ -55,6 +73,20 @@ class Task:
     """The templates that T0's training mixture asks this set through; empty where it is not part of it."""
     p3_rows: dict[str, int] = field(default_factory=dict)
     """Training rows in P3 of each template that does not apply to every row of the set."""
+
+    @property
+    def metric(self) -> str:
+        """The headline: the first of the metrics."""
+        return self.metrics[0]
+
+    @property
+    def validation(self) -> str | None:
+        """The published split to choose a checkpoint by: `validation`, or its name here; None where there is none.
+
+        A test split is never it, though the protocol's own split may be one.
+        """
+        names = ("validation", self.split, "val", "dev", "eval")
+        return next((name for name in names if name in self.splits and not name.startswith(("train", "test"))), None)
 
     def template(self, name: str | None) -> Template:
         """The prompt called `name`, or the first one."""
@@ -90,6 +122,8 @@ class Rows:
     note: str
     origin: str
     """File name, or hub id."""
+    sources: tuple[str, ...] = ()
+    """Further ones that columns were taken from."""
 
     def row_id(self, index: int) -> str:
         """The row's own id where it has one, else its number."""
@@ -117,9 +151,15 @@ class Rows:
 def load_rows(task: Task, data_dir: Path | None, split: str | None = None) -> Rows:
     """Rows of `task`: from `data_dir` if given, else from the hub.
 
-    Without a split asked for: the protocol's own, else validation, else test.
+    Without a split asked for: the protocol's own, else validation, else test. Where `validation` is asked for and the set
+    calls it otherwise (`val`, `dev_r1`), that name does too.
     """
-    splits = (split,) if split else tuple(dict.fromkeys((task.split, "validation", "test")))
+    if task.joined is not None:
+        return _joined(task, task.joined, data_dir, split)
+    if split == "validation":
+        splits = tuple(dict.fromkeys(("validation", task.validation or "validation")))
+    else:
+        splits = (split,) if split else tuple(dict.fromkeys((task.split, "validation", "test")))
     rows: Sequence[Row]
     if data_dir is not None:
         file = source.find_file(task.name, task.location, data_dir, splits)
@@ -133,7 +173,11 @@ def load_rows(task: Task, data_dir: Path | None, split: str | None = None) -> Ro
             if not len(rows):
                 raise MissingDataError(f"{task.name}: no file for the split {file.split}: {origin} has no row of this sub-set")
     else:
-        found, note, origin = split or task.split, "", task.location.hub_id
+        if split == "validation" and task.validation is None:
+            raise MissingDataError(
+                f"{task.name}: its publisher has no validation split; pass --data-dir with a file {task.name}/validation.jsonl"
+            )
+        found, note, origin = (task.split if split is None else splits[-1]), "", task.location.hub_id
         rows = source.read_hub(task.name, task.location, found)
         if task.location.hub_prefix:
             rows = _Chosen(rows, task.location.hub_prefix)
@@ -146,6 +190,13 @@ def load_rows(task: Task, data_dir: Path | None, split: str | None = None) -> Ro
     if missing:
         raise UserError(f"{origin}: the column {missing[0]!r} is missing; {task.name} has the columns {', '.join(task.columns)}")
     return Rows(task, rows, found, note, origin)
+
+
+def _joined(task: Task, joined: Joined, data_dir: Path | None, split: str | None) -> Rows:
+    first, second = (load_rows(catalog()[name], data_dir, split) for name in (joined.rows, joined.source))
+    note = " ".join(dict.fromkeys(filter(None, (first.note, second.note))))
+    rows = _Joined(first, second, joined.columns)
+    return Rows(task, rows, first.split, note, first.origin, (second.origin,))
 
 
 class _View(Sequence[Row]):
@@ -187,6 +238,40 @@ class _Chosen(_View):
         return self.places[index]
 
 
+class _Joined(_View):
+    """Rows with some columns of the rows of the same id in another file."""
+
+    def __init__(self, first: Rows, second: Rows, columns: tuple[str, ...]) -> None:
+        self.rows, self.others, self.columns = first.rows, second.rows, columns
+        theirs = _ids(second)
+        self.places = []
+        for index, row_id in enumerate(_ids(first)):
+            if row_id not in theirs:
+                raise UserError(
+                    f"{first.origin}, row {first.number(index)}: its id {row_id!r} is not in {second.origin}; both need the same rows"
+                )
+            self.places.append(theirs[row_id])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> Row:
+        other = self.others[self.places[index]]
+        return {**self.rows[index], **{column: other[column] for column in self.columns}}
+
+
+def _ids(rows: Rows) -> dict[str, int]:
+    """Id -> place of each row."""
+    places: dict[str, int] = {}
+    for index, row in enumerate(rows.rows):
+        row_id = row.get("id")
+        if not isinstance(row_id, str) or row_id in places:
+            fault = "has no id" if not isinstance(row_id, str) else f"has the id {row_id!r} of row {rows.number(places[row_id])}"
+            raise UserError(f"{rows.origin}, row {rows.number(index)}: it {fault}; rows are joined by their ids")
+        places[row_id] = index
+    return places
+
+
 class _Derived(_View):
     """Rows with further columns, computed from their own."""
 
@@ -222,39 +307,61 @@ def catalog() -> dict[str, Task]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     for file in sorted(resources.files("mtllama.tasks").joinpath("catalog").iterdir(), key=lambda f: f.name):
         if file.name.endswith(".yaml"):
-            for values in _languages(yaml.load(file.read_text(encoding="utf-8"), loader)):
-                task = config.build(Task, values, f"catalog/{file.name}")
+            first: Task | None = None
+            for values in _entries(yaml.load(file.read_text(encoding="utf-8"), loader)):
+                if first is None:
+                    task = first = config.build(Task, values, f"catalog/{file.name}")
+                else:  # the prompts are the same ones, and most of the work
+                    task = replace(config.build(Task, values | {"prompts": []}, f"catalog/{file.name}"), prompts=first.prompts)
                 tasks[task.name] = task
     return tasks
 
 
-def _languages(values: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """One entry as it stands, or one for each of its `languages`, with the language filled into name, title and location."""
-    languages = values.pop("languages", None)
+def _entries(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """One entry as it stands, or one for each of its `languages`.
+
+    `pairs` says in what an entry of two languages differs: `{lang}` is the context's, `{asked}` the question's.
+    """
+    languages, pairs = values.pop("languages", None), values.pop("pairs", None)
     if languages is None:
         return [values]
     words = languages if isinstance(languages, dict) else dict.fromkeys(languages)
+    entries = [_filled(values, (lang,), {"lang": lang, "language": word or lang}) for lang, word in words.items()]
+    if pairs is not None:
+        for (lang, word), (asked, other) in itertools.permutations(words.items(), 2):
+            given = {"lang": lang, "language": word or lang, "asked": asked, "asked_language": other or asked}
+            entries.append(_filled(values | pairs, (lang, asked), given))
+    return entries
 
-    def fill(value: Any, lang: str, word: str) -> Any:
+
+def _filled(values: dict[str, Any], languages: tuple[str, ...], words: dict[str, str]) -> dict[str, Any]:
+    """An entry with its languages filled into all but its prompts; sizes are found by language, or `ar-de` for both orders."""
+
+    def fill(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: fill(item, lang, word) for key, item in value.items()}
+            return {key: fill(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [fill(item, lang, word) for item in value]
-        return value.replace("{lang}", lang).replace("{language}", word) if isinstance(value, str) else value
+            return [fill(item) for item in value]
+        return _PLACE.sub(lambda found: words[found[1]], value) if isinstance(value, str) else value
 
-    return [
+    key = "-".join(sorted(languages))
+    return (
         values
-        | {key: fill(values[key], lang, word or lang) for key in ("name", "title", "location")}
-        | {"splits": {split: size[lang] if isinstance(size, dict) else size for split, size in values["splits"].items()}}
-        for lang, word in words.items()
-    ]
+        | {field: fill(values[field]) for field in ("name", "title", "location", "metrics", "joined") if field in values}
+        | {"splits": {split: size[key] if isinstance(size, dict) else size for split, size in values["splits"].items()}}
+        | {"languages": languages}
+    )
 
+
+_PLACE = re.compile(r"\{(lang|language|asked|asked_language)\}")
 
 GROUPS: dict[str, Callable[[Task], bool]] = {
     "t0-train": lambda task: bool(task.p3_templates),
     "train": lambda task: task.role == "train",
+    "cross-lingual": lambda task: len(task.languages) == 2,
 }
-"""Names that stand for several data sets: T0's training mixture, and every training set of the catalogue."""
+"""Names that stand for several data sets: T0's training mixture, every training set of the catalogue, and the sets whose
+contexts are asked about in another language."""
 
 
 def find_tasks(names: Iterable[str]) -> list[Task]:
