@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 
 from mtllama.data.prompt import PromptEncoder
-from mtllama.model.allocator import keep_freed_memory
 from mtllama.model.load import LoadedModel
 from mtllama.model.packed import PACKED, Cache, Step, Trees
 
@@ -87,7 +86,6 @@ class Engine:
     """Scoring and greedy generation over a model. Everything is computed under `torch.inference_mode`."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        keep_freed_memory()
         self.loaded = loaded
         self.model, self.tokenizer = loaded.model.eval(), loaded.tokenizer
         self.model.set_attn_implementation(PACKED)

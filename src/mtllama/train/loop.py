@@ -28,7 +28,6 @@ from mtllama.data.mixture import Draw, Mixture
 from mtllama.data.prompt import Encoded, PromptEncoder
 from mtllama.errors import UserError
 from mtllama.model import adapter
-from mtllama.model.allocator import keep_freed_memory
 from mtllama.model.convert import save_settings, save_tokenizer
 from mtllama.model.find import ModelFolder, find_model
 from mtllama.model.load import LoadedModel, fill, load_model, pick_dtype
@@ -99,7 +98,6 @@ def run(recipe: Recipe, *, overwrite: bool = False, ranks: Ranks | None = None) 
     The unfinished run lives in `<out>.partial`; the same recipe started again goes on from its last checkpoint, on any number
     of ranks. Every rank calls this (`parallel.joined`); none: this process alone.
     """
-    keep_freed_memory()
     out, train = recipe.out, recipe.train
     ranks = (ranks or Ranks()).by(recipe.parallel)
     ranks.once(lambda: folders.require_new(out, overwrite=overwrite))
