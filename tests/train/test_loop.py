@@ -373,3 +373,12 @@ def test_values_on_the_command_line_win_over_the_recipe() -> None:
     assert load_recipe(Path("quickstart"), ["train.lr=3e-5", "train.examples=7"]).train.lr == 3e-5
     with pytest.raises(UserError, match=r"did you mean train\.lr\?"):
         load_recipe(Path("quickstart"), ["train.lrr=1"])
+
+
+def test_the_result_can_be_kept_as_it_was_trained(pico: Path, tmp_path: Path) -> None:
+    usual = loop.run(recipe(pico, tmp_path / "m", examples=8))
+    exact = loop.run(replace(recipe(pico, tmp_path / "n", examples=8), save_dtype="float32"))
+    assert {value.dtype for value in weights(usual).values()} == {torch.bfloat16}
+    for name, value in weights(exact).items():
+        assert value.dtype == torch.float32 and torch.equal(value.bfloat16(), weights(usual)[name])
+    assert AutoModelForCausalLM.from_pretrained(exact).config.dtype == torch.float32

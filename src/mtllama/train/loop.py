@@ -29,7 +29,7 @@ from mtllama.data.prompt import Encoded, PromptEncoder
 from mtllama.errors import UserError
 from mtllama.model import adapter
 from mtllama.model.convert import save_settings, save_tokenizer
-from mtllama.model.find import ModelFolder, find_model
+from mtllama.model.find import Dtype, ModelFolder, find_model
 from mtllama.model.load import LoadedModel, fill, load_model, pick_dtype
 from mtllama.progress import progress, say
 from mtllama.train import lora, state
@@ -373,8 +373,10 @@ def _interrupts() -> Iterator[Any]:
             signal.signal(number, previous)
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that the base's weights are stored in; the result is stored in the same."""
+def _stored_dtype(folder: Path, wanted: Dtype = "auto") -> torch.dtype:
+    """The dtype that the result is stored in: the wanted one, or else that of the base's weights."""
+    if wanted != "auto":
+        return torch.float32 if wanted == "float32" else torch.bfloat16
     reader = CheckpointReader(folder)
     return next(reader.info(name).dtype for name in reader if reader.info(name).dtype.is_floating_point)
 
@@ -395,7 +397,7 @@ def _finish(recipe: Recipe, loaded: LoadedModel, encoder: PromptEncoder, work: P
     kept = recipe.lora is not None and not recipe.lora.merge
     with ranks.new_folder(recipe.out, overwrite=True) as folder:
         if recipe.lora is None:
-            _write_weights(model, _stored_dtype(source.folder), folder, ranks)
+            _write_weights(model, _stored_dtype(source.folder, recipe.save_dtype), folder, ranks)
         else:
             known = recipe.model if recipe.model and hub.parse(recipe.model) and not Path(recipe.model).is_dir() else None
             lora.save(model, recipe.lora, known or str(source.folder.resolve()), folder if kept else work, ranks)
@@ -406,7 +408,7 @@ def _finish(recipe: Recipe, loaded: LoadedModel, encoder: PromptEncoder, work: P
                 model.generation_config.save_pretrained(folder)
                 save_tokenizer(tokenizer, folder)
             else:
-                save_settings(model, tokenizer, folder, _stored_dtype(source.folder))
+                save_settings(model, tokenizer, folder, _stored_dtype(source.folder, recipe.save_dtype))
             for file in (METRICS, SKIPPED):
                 shutil.copyfile(work / file, folder / file)
             if (work / TENSORBOARD).is_dir():

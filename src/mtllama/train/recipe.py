@@ -130,13 +130,15 @@ class Recipe:
     """Prompt format; it travels with the result as its chat template."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     save_dtype: Dtype = "auto"
-    """Dtype of the result's weights; `auto`: that of the base. They are trained in float32; what is narrower is rounded (see `loop.rounded`)."""
+    """Dtype of the result's weights; `auto`: that of the base (so adapters that are merged always). What is trained is float32: narrower, it is rounded."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     lora: LoraConfig | None = None
     """None: all weights are trained."""
 
     def __post_init__(self) -> None:
         find_format(self.format)
+        if self.lora and self.save_dtype != "auto":
+            raise ValueError("save_dtype is for models whose weights are all trained; with lora the result has the dtype of its base")
 
 
 def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -79,7 +79,7 @@ def verify(recipe: Recipe, what: Sequence[str] = WHAT, *, steps: int = STEPS) ->
     )
     longest = max(1, train.batch_size * train.max_length)
     train = replace(train, tokens_per_pass=longest)
-    one = replace(recipe, out=work / "one", train=train, parallel=ParallelConfig(), save_dtype="float32")
+    one = replace(recipe, out=work / "one", train=train, parallel=ParallelConfig(), save_dtype="auto" if recipe.lora else "float32")
     if one.lora:
         one = replace(one, lora=replace(one.lora, merge=True))
     if recipe.lora and recipe.lora.dropout:
