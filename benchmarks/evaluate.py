@@ -23,7 +23,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -38,7 +37,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from evaluate_peer import Job, serve
 
-from train import UNDISTURBED, VERSIONS, FailedError, faster, hardware, last_line, linears, products, say
+from train import UNDISTURBED, VERSIONS, FailedError, faster, hardware, last_line, linears, peer_python, products, say
 
 HERE = Path(__file__).resolve().parent
 PEER = ("lm-eval[hf]==0.4.13", *(f"{name}=={version}" for name, version in VERSIONS.items()))
@@ -185,21 +184,6 @@ def ours(job: Job) -> None:
     serve(sets, do, {"dtype": str(engine.loaded.dtype)}, out)
 
 
-def peer_python(peers: Path) -> str:
-    """The Python of lm-eval's environment, which is made if it is not there as it should be."""
-    folder, wanted = peers / "lm-eval", "\n".join(PEER)
-    python, marker = folder / "bin" / "python", folder / "installed"
-    if not marker.is_file() or marker.read_text() != wanted:
-        say(f"installing {' '.join(PEER)} into {folder}")
-        shutil.rmtree(folder, ignore_errors=True)
-        for step in ([sys.executable, "-m", "venv", str(folder)], [str(python), "-m", "pip", "install", "--quiet", *PEER]):
-            done = subprocess.run(step, capture_output=True, text=True)
-            if done.returncode:
-                raise FailedError(f"not installed: {last_line(done.stderr)}")
-        marker.write_text(wanted)
-    return str(python)
-
-
 # Results
 
 
@@ -294,7 +278,7 @@ def main() -> None:
     (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
     commands: dict[str, list[str | Path]] = {
         "ours": [sys.executable, HERE / "evaluate.py", "--worker", work / "job.json"],
-        "lm-eval": [peer_python(arguments.peers.resolve()), HERE / "evaluate_peer.py", work / "job.json"],
+        "lm-eval": [peer_python(arguments.peers.resolve(), "lm-eval", PEER), HERE / "evaluate_peer.py", work / "job.json"],
     }
     rates = rates_of(model)
     starts: dict[str, list[float]] = {side: [] for side in commands}

@@ -377,14 +377,14 @@ class Bench:
                 raise FailedError(f"the run counted {line[name]} {name}; the examples have {wanted[name]}")
 
 
-def peer_python(peers: Path) -> str:
-    """The Python of TRL's environment, which is made if it is not there as it should be."""
-    folder, wanted = peers / "trl", "\n".join(PEER)
+def peer_python(peers: Path, name: str, packages: Sequence[str]) -> str:
+    """The Python of a peer's environment, which is made if it is not there as it should be."""
+    folder, wanted = peers / name, "\n".join(packages)
     python, marker = folder / "bin" / "python", folder / "installed"
     if not marker.is_file() or marker.read_text() != wanted:
-        say(f"installing {' '.join(PEER)} into {folder}")
+        say(f"installing {' '.join(packages)} into {folder}")
         shutil.rmtree(folder, ignore_errors=True)
-        for step in ([sys.executable, "-m", "venv", str(folder)], [str(python), "-m", "pip", "install", "--quiet", *PEER]):
+        for step in ([sys.executable, "-m", "venv", str(folder)], [str(python), "-m", "pip", "install", "--quiet", *packages]):
             done = subprocess.run(step, capture_output=True, text=True)
             if done.returncode:
                 raise FailedError(f"not installed: {last_line(done.stderr)}")
@@ -646,7 +646,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     base = held_out_loss(model, held_out)
     say(f"base: held-out loss {base['loss']:.4f}")
-    python = functools.cache(functools.partial(peer_python, arguments.peers.resolve()))
+    python = functools.cache(functools.partial(peer_python, arguments.peers.resolve(), "trl", PEER))
     bench = Bench(
         model, train, held_out, work, python, arguments.threads, tuple(arguments.set), max(arguments.peer_steps, -1), arguments.fresh
     )

@@ -16,7 +16,7 @@ import requests
 
 from mtllama.data.prompt import DEFAULT_FORMAT, PromptEncoder, find_format
 from mtllama.errors import UserError
-from mtllama.model.engine import Branches
+from mtllama.model.engine import Branches, before_stop
 from mtllama.model.find import ModelFolder, load_tokenizer
 
 CONCURRENCY = 32
@@ -93,9 +93,8 @@ class Endpoint:
 
         def text(prompt: list[int]) -> str:
             # Stop strings are looked for here: a server would stop at one before the first word, too.
-            found = str(self._complete(prompt, max_tokens=max_new_tokens).get("text", "")).rstrip("\N{REPLACEMENT CHARACTER}").strip()
-            ends = [found.index(each) for each in stop if each in found]
-            return found[: min(ends)].strip() if ends else found
+            found = str(self._complete(prompt, max_tokens=max_new_tokens).get("text", ""))
+            return before_stop(found.rstrip("\N{REPLACEMENT CHARACTER}"), stop)
 
         return self._all(text, prompts, lambda number: advance(1))
 

@@ -97,10 +97,14 @@ class Journal:
                 raise UserError(f"rank {ranks.rank} does not see {work}: --out must be on a file system that all machines share")
             self.done = self._read()
 
+    @property
+    def mine(self) -> list[Block]:
+        """The blocks that are this rank's to ask."""
+        return [block for number, block in enumerate(self.blocks) if number % self.ranks.size == self.ranks.rank]
+
     def left(self) -> list[Block]:
-        """The blocks that this rank still has to ask."""
-        mine = [block for number, block in enumerate(self.blocks) if number % self.ranks.size == self.ranks.rank]
-        return [block for block in mine if not self._whole(block, self.done)]
+        """Those of them that it still has to ask."""
+        return [block for block in self.mine if not self._whole(block, self.done)]
 
     def append(self, records: Sequence[Record]) -> None:
         """Keep the records of a block."""

@@ -142,8 +142,7 @@ def _blocks(tasks: Sequence[TaskItems]) -> list[Block]:
 def _ask_all(engine: Answering, journal: Journal, tasks: Sequence[TaskItems], ranks: Ranks) -> None:
     pmi = {each.task.name for each in tasks if PMI in each.protocols}
     left = journal.left()
-    mine = [block for number, block in enumerate(journal.blocks) if number % ranks.size == ranks.rank]
-    total, there = (sum(len(block.items) for block in blocks) for blocks in (mine, left))
+    total, there = (sum(len(block.items) for block in blocks) for blocks in (journal.mine, left))
     if there < total and ranks.rank == 0:
         say(f"going on: {total - there} of {total} answers are there")
     with _progress(ranks, total, total - there) as advance:

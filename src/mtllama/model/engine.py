@@ -272,9 +272,7 @@ class Engine:
     def _text(self, ids: list[int], stop: Sequence[str]) -> str:
         if self.tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(self.tokenizer.eos_token_id)]
-        text = self._whole(ids).strip()
-        ends = [text.index(s) for s in stop if s in text]
-        return text[: min(ends)].strip() if ends else text
+        return before_stop(self._whole(ids), stop)
 
     @torch.inference_mode()
     def stream(
@@ -314,6 +312,13 @@ class Engine:
         # SentencePiece tokenizers spoil the whole characters before a broken one too, so ids are dropped as well as bytes.
         texts = [self.tokenizer.decode(ids[: len(ids) - n], skip_special_tokens=True) for n in range(min(4, len(ids)))]
         return max((text.rstrip("\N{REPLACEMENT CHARACTER}") for text in texts), key=len, default="")
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """What stands before the first stop string; blanks and line breaks before the first word do not count as one."""
+    text = text.strip()
+    ends = [text.index(each) for each in stop if each in text]
+    return text[: min(ends)].strip() if ends else text
 
 
 def _groups(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
