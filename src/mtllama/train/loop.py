@@ -34,15 +34,14 @@ from mtllama.model.load import LoadedModel, fill, load_model, pick_dtype
 from mtllama.progress import progress, say
 from mtllama.train import lora, state
 from mtllama.train.flops import Flops, matmul_rate
+from mtllama.train.fused import fuse
 from mtllama.train.journal import METRICS, SKIPPED, TENSORBOARD, Journal, Seen, sums
 from mtllama.train.parallel import Ranks, whole
 from mtllama.train.recipe import DATA, RECIPE, Recipe, TrainConfig
 from mtllama.weights.shards import CheckpointReader, CheckpointWriter, TensorInfo, raw_bytes
 
-HEAD_ROWS = 512
+HEAD_ROWS = 256
 """Target rows whose logits are held at a time: there may be as many as a pass has tokens, and a row is a vocabulary long."""
-BEFORE_MATRICES = ("input_layernorm", "post_attention_layernorm")
-"""Norms whose outputs are multiplied with matrices and go nowhere else, by the names that the LLaMA family has for them."""
 COMPILED = "mtllama_segments_compiled"
 """Segment attention within compiled layers: it is given the batch, since they would be compiled anew for every length of a list."""
 HOW = ("activation_checkpointing", "compile", "tokens_per_pass", "save_every", "keep", "tensorboard")
@@ -80,11 +79,7 @@ class Objective(torch.nn.Module):
     def __init__(self, model: Any, compute: torch.dtype) -> None:
         super().__init__()
         self.model, self.compute = model, compute
-        if compute != torch.float32:
-            # What stands behind a norm goes into several matrix products: cast once, it is kept once, not in a copy for each of them.
-            for name, module in model.get_decoder().layers.named_modules():
-                if name.rpartition(".")[2] in BEFORE_MATRICES:
-                    module.register_forward_hook(lambda module, inputs, output: output.to(compute))
+        fuse(model.get_decoder(), compute)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """As `target_losses`, with matrix products in the compute dtype."""
