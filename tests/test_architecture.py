@@ -16,6 +16,7 @@ COLUMNS = (
     ("data",),
     ("model",),
     ("train", "evaluate"),
+    ("api",),
     ("serve",),
     ("quickstart", "doctor"),
     ("cli",),

@@ -841,17 +841,56 @@ def chat(
     examples: Annotated[bool, typer.Option("--examples", help="Answer the sample dialogues and end.")] = False,
 ) -> None:
     """Talk to a model; /reset forgets, /exit ends; reads a pipe too. Example: mtllama chat smollm2-135m --prompt "Is fog wet? Yes or no?" """
-    from mtllama.model.engine import Engine
-    from mtllama.model.find import find_model
-    from mtllama.model.load import load_model
     from mtllama.serve.chat import Chat, run
 
     if temperature < 0 or max_new_tokens < 1:
         raise UserError("--temperature must be at least 0 and --max-new-tokens at least 1")
+    engine = _chat_engine(model, base, delta, _dtype(dtype), format)
+    run(Chat(engine, temperature=temperature, max_new_tokens=max_new_tokens), prompt=prompt, examples=examples)
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    base: Base = None,
+    delta: DeltaDir = None,
+    host: Annotated[str, typer.Option("--host", metavar="HOST", help="Address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="What clients call the model; default: its own name.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", metavar="KEY", envvar="MTLLAMA_API_KEY", help="Let in only who sends this key as a bearer token."),
+    ] = None,
+    format: Format = None,
+    dtype: Dtype = "auto",
+    max_batch: Annotated[int, typer.Option("--max-batch", metavar="N", min=1, help="Continuations that run together.")] = 16,
+    max_queue: Annotated[int, typer.Option("--max-queue", metavar="N", min=1, help="Prompts that wait; beyond: status 429.")] = 128,
+    max_seconds: Annotated[float, typer.Option("--max-seconds", metavar="S", min=0.1, help="Time limit of a request.")] = 120.0,
+    cache_gb: Annotated[float, typer.Option("--cache-gb", metavar="GB", min=0.01, help="Memory for what runs together.")] = 1.0,
+) -> None:
+    """Serve a model over HTTP: OpenAI's completions and chat, /v1/score, /v1/tasks. Example: mtllama serve smollm2-135m --port 8000"""
+    try:
+        from mtllama.serve.server import bind
+        from mtllama.serve.server import serve as run
+    except ImportError as error:
+        raise UserError(f"serving needs packages that are not installed ({error.name}); pip install 'mtllama[serve]'") from error
+    from mtllama.serve.scheduler import Limits
+
+    wanted = _dtype(dtype)
+    bound = bind(host, port)
+    engine = _chat_engine(model, base, delta, wanted, format)
+    run(engine, bound, name=name, api_key=api_key, limits=Limits(max_batch, max_queue, max_seconds, int(cache_gb * 2**30)))
+
+
+def _chat_engine(model: str | None, base: str | None, delta: str | None, dtype: Any, format: str | None) -> Any:
+    """A model in its own prompt format, or the one that is asked for."""
+    from mtllama.model.engine import Engine
+    from mtllama.model.find import find_model
+    from mtllama.model.load import load_model
+
     source = find_model(model, base, delta)
     own = format or source.own_format() or ("native" if (source.files / "chat_template.jinja").is_file() else None)
-    engine = Engine(load_model(source, dtype=_dtype(dtype), format=own))
-    run(Chat(engine, temperature=temperature, max_new_tokens=max_new_tokens), prompt=prompt, examples=examples)
+    return Engine(load_model(source, dtype=dtype, format=own))
 
 
 @app.command()

@@ -16,6 +16,7 @@ from mtllama.data.prompt import find_format
 from mtllama.model import engine as engine_module
 from mtllama.model.engine import Branches, Engine
 from mtllama.model.find import ModelFolder, find_model
+from mtllama.model.generation import Settings
 from mtllama.model.load import LoadedModel, load_model
 
 Scores = list[list[list[float]]]
@@ -235,7 +236,7 @@ def test_greedy_text_equals_that_of_transformers_for_each_prompt_alone(engine: E
     for tokens, rows, places in ((2048, 32, 2**15), (100, 32, 2**15), (2048, 1, 2**15), (2048, 3, 2**15), (2048, 32, 200), (1, 2, 1)):
         monkeypatch.setattr(engine_module, "TOKENS_PER_PASS", tokens)
         monkeypatch.setattr(engine_module, "ROWS_PER_GENERATION", rows)
-        monkeypatch.setattr(engine_module, "CACHE_BYTES", places * engine._bytes_per_place())
+        monkeypatch.setattr(engine_module, "CACHE_BYTES", places * engine.bytes_per_place())
         assert engine.generate(prompts, max_new_tokens=12, stop=()) == theirs
     assert engine.generate(prompts[::-1], max_new_tokens=12, stop=()) == theirs[::-1]
 
@@ -321,7 +322,7 @@ def test_text_ends_before_the_first_stop_string(
     prompt = force(bpe_engine, ids)
     for max_new_tokens in (len(ids), len(ids) + 5):
         assert bpe_engine.generate([prompt, prompt], max_new_tokens=max_new_tokens, stop=stop) == [heard, heard]
-        pieces = list(bpe_engine.stream(prompt, max_new_tokens=max_new_tokens, stop=stop))
+        pieces = list(bpe_engine.stream(prompt, Settings(max_new_tokens=max_new_tokens, stop=stop, strip=True)))
         assert "".join(pieces).rstrip() == heard
 
 
@@ -340,7 +341,7 @@ def test_a_stop_string_split_over_tokens_ends_the_text_at_once(bpe_engine: Engin
     needed = len("Paris### Human:")
     assert len(calls) == needed < len(ids)
     calls.clear()
-    assert "".join(bpe_engine.stream(prompt, max_new_tokens=len(ids), stop=("### Human:",))) == "Paris"
+    assert "".join(bpe_engine.stream(prompt, Settings(max_new_tokens=len(ids), stop=("### Human:",), strip=True))) == "Paris"
     assert len(calls) == needed
 
 
@@ -348,9 +349,9 @@ def test_the_end_marker_ends_text_and_is_not_shown(engine: Engine, force: Force)
     ids = [*byte_ids(engine, "Par"), engine.tokenizer.eos_token_id, *byte_ids(engine, "is")]
     prompt = force(engine, ids)
     assert engine.generate([prompt], max_new_tokens=20, stop=()) == ["Par"]
-    assert "".join(engine.stream(prompt, max_new_tokens=20)) == "Par"
+    assert "".join(engine.stream(prompt, Settings(max_new_tokens=20, strip=True))) == "Par"
     prompt = force(engine, [engine.tokenizer.eos_token_id])
-    assert engine.generate([prompt], max_new_tokens=20) == [""] and list(engine.stream(prompt)) == []
+    assert engine.generate([prompt], max_new_tokens=20) == [""] and list(engine.stream(prompt, Settings(strip=True))) == []
 
 
 def test_rows_that_end_early_do_not_disturb_the_others(bpe_engine: Engine) -> None:
@@ -366,7 +367,7 @@ def test_rows_that_end_early_do_not_disturb_the_others(bpe_engine: Engine) -> No
 def test_a_stream_joined_is_the_generated_text(engine: Engine) -> None:
     prompts = [item.prompt for item in random_items(engine, seed=2)]
     texts = engine.generate(prompts, max_new_tokens=16, stop=())
-    pieces = [list(engine.stream(prompt, max_new_tokens=16)) for prompt in prompts]
+    pieces = [list(engine.stream(prompt, Settings(max_new_tokens=16, strip=True))) for prompt in prompts]
     assert ["".join(each).strip() for each in pieces] == texts and any(texts)
     assert sum(len(each) > 3 for each in pieces) > len(prompts) // 2, "it comes in pieces"
 
@@ -376,7 +377,7 @@ EMOJI = "a\N{GRINNING FACE}é\N{FAMILY}漢 b\N{ROCKET}"
 
 def test_a_character_of_several_bytes_is_never_split(engine: Engine, force: Force) -> None:
     prompt = force(engine, byte_ids(engine, EMOJI))
-    pieces = list(engine.stream(prompt, max_new_tokens=100))
+    pieces = list(engine.stream(prompt, Settings(max_new_tokens=100, strip=True)))
     assert "".join(pieces) == EMOJI == engine.generate([prompt], max_new_tokens=100, stop=())[0]
     assert pieces == list(EMOJI), "one piece for each character, none before it is whole"
 
@@ -385,7 +386,7 @@ def test_a_character_that_the_limit_cuts_off_is_left_out(engine: Engine, force: 
     ids = byte_ids(engine, EMOJI)
     prompt = force(engine, ids)
     for limit in range(1, len(ids)):
-        text = "".join(engine.stream(prompt, max_new_tokens=limit))
+        text = "".join(engine.stream(prompt, Settings(max_new_tokens=limit, strip=True)))
         assert text == EMOJI.encode()[:limit].decode(errors="ignore")
         assert engine.generate([prompt], max_new_tokens=limit, stop=()) == [text.strip()]
 
@@ -393,14 +394,17 @@ def test_a_character_that_the_limit_cuts_off_is_left_out(engine: Engine, force: 
 def test_bytes_that_are_no_character_do_not_hold_the_rest_back(bpe_engine: Engine, force: Force) -> None:
     broken = byte_ids(bpe_engine, "\N{GRINNING FACE}")[:2]
     prompt = force(bpe_engine, [*byte_ids(bpe_engine, "a"), *broken, *byte_ids(bpe_engine, "bSTOPc")])
-    pieces = list(bpe_engine.stream(prompt, max_new_tokens=100, stop=("STOP",)))
+    pieces = list(bpe_engine.stream(prompt, Settings(max_new_tokens=100, stop=("STOP",), strip=True)))
     assert pieces[0] == "a" and "".join(pieces).endswith("b") and "STOP" not in "".join(pieces)
 
 
 def test_a_stop_string_behind_broken_bytes_is_not_shown(bpe_engine: Engine, force: Force) -> None:
     broken = byte_ids(bpe_engine, "\N{GRINNING FACE}")[:2]
     prompt = force(bpe_engine, [*byte_ids(bpe_engine, "a"), *broken, *byte_ids(bpe_engine, "STOP and more")])
-    assert "".join(bpe_engine.stream(prompt, max_new_tokens=100, stop=("STOP",))).rstrip("\N{REPLACEMENT CHARACTER}") == "a"
+    assert (
+        "".join(bpe_engine.stream(prompt, Settings(max_new_tokens=100, stop=("STOP",), strip=True))).rstrip("\N{REPLACEMENT CHARACTER}")
+        == "a"
+    )
     assert bpe_engine.generate([prompt], max_new_tokens=100, stop=("STOP",))[0].rstrip("\N{REPLACEMENT CHARACTER}") == "a"
 
 
@@ -408,7 +412,7 @@ def test_a_stop_string_is_never_shown_even_in_part(engine: Engine, force: Force)
     said, stop = "Yes ### Hum ### Human: no", "### Human:"
     prompt = force(engine, byte_ids(engine, said))
     shown = ""
-    for piece in engine.stream(prompt, max_new_tokens=100, stop=(stop,)):
+    for piece in engine.stream(prompt, Settings(max_new_tokens=100, stop=(stop,), strip=True)):
         shown += piece
         assert not any(shown.endswith(stop[:n]) for n in range(1, len(stop)))
     assert shown == "Yes ### Hum "
@@ -416,12 +420,12 @@ def test_a_stop_string_is_never_shown_even_in_part(engine: Engine, force: Force)
 
 def test_leading_blanks_are_not_shown(engine: Engine, force: Force) -> None:
     prompt = force(engine, byte_ids(engine, " \n Yes no"))
-    assert "".join(engine.stream(prompt, max_new_tokens=100, stop=("\n",))) == "Yes no"
+    assert "".join(engine.stream(prompt, Settings(max_new_tokens=100, stop=("\n",), strip=True))) == "Yes no"
 
 
 def test_a_sampled_stream_depends_on_its_seed_alone(bpe_engine: Engine) -> None:
     def text(seed: int, temperature: float) -> str:
-        return "".join(bpe_engine.stream([5, 300, 17], max_new_tokens=20, temperature=temperature, seed=seed))
+        return "".join(bpe_engine.stream([5, 300, 17], Settings(max_new_tokens=20, temperature=temperature, seed=seed, strip=True)))
 
     assert text(1, 1.0) == text(1, 1.0)
     assert len({text(seed, 1.0) for seed in range(5)}) > 2

@@ -28,7 +28,7 @@ def test_an_answer_is_the_engines_own_continuation(chat: Chat) -> None:
 def test_a_second_turn_sees_the_first_until_reset(chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[list[int]] = []
     stream = chat.engine.stream
-    monkeypatch.setattr(chat.engine, "stream", lambda ids, **options: seen.append(ids) or stream(ids, **options))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(chat.engine, "stream", lambda ids, settings: seen.append(ids) or stream(ids, settings))  # type: ignore[func-returns-value]
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\nsecond\n/reset\nsecond\n/exit\nnever\n"))
     run(chat)
     text = [chat.engine.tokenizer.decode(ids) for ids in seen]

@@ -187,9 +187,24 @@ class PromptEncoder:
         A prompt that is too long loses its middle: its head (what is asked) and its last quarter (where the answer
         is expected) stay.
         """
-        return self._cut(self._prompt_ids(inputs, history, system), room)
+        return self._cut(self.whole_prompt_ids(inputs, history, system), room)
 
-    def _prompt_ids(self, inputs: str, history: Sequence[Turn] = (), system: str | None = None) -> list[int]:
+    def raw_ids(self, text: str) -> list[int]:
+        """Ids of text that is put into no format: BOS as the checkpoint has it, then the text; never empty, so that something can be
+        predicted from it (BOS alone, or EOS where there is no BOS).
+        """
+        ids = [*self.bos_ids, *((self._behind_special if self.bos_ids else self._ids)(text) if text else ())]
+        if ids:
+            return ids
+        bos = self.tokenizer.bos_token_id
+        return [self.tokenizer.eos_token_id if bos is None else bos]
+
+    def raw_continuation_ids(self, text: str) -> list[int]:
+        """Ids of text that goes on behind other text, as it stands: no blank before it, no end marker behind it."""
+        return self._tail_ids(text)
+
+    def whole_prompt_ids(self, inputs: str, history: Sequence[Turn] = (), system: str | None = None) -> list[int]:
+        """Ids of the prompt, however long it is."""
         if self.format.native:
             return self._native_ids(inputs, history, system)
         head = self.format.system if system is None else system
@@ -243,7 +258,7 @@ class PromptEncoder:
 
     def encode(self, inputs: str, answer: str) -> Encoded | None:
         """A training example; None if the answer alone is longer than the model reads."""
-        return self._join(self._prompt_ids(inputs), self.answer_ids(answer))
+        return self._join(self.whole_prompt_ids(inputs), self.answer_ids(answer))
 
     def encode_batch(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded | None]:
         """What `encode` gives for each (inputs, answer), tokenised together."""

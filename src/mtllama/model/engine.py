@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from mtllama.data.prompt import PromptEncoder
+from mtllama.model.generation import Generation, Settings
 from mtllama.model.load import LoadedModel
 from mtllama.model.packed import PACKED, Cache, Step, Trees
 
@@ -49,6 +50,8 @@ class Scored:
 
     log_probs: list[float]
     greedy: bool
+    top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    """The likeliest tokens in each place, and their log-probabilities (nat), where they were asked for."""
 
 
 class Answering(Protocol):
@@ -107,16 +110,16 @@ class Engine:
         return [[answer.log_probs for answer in item] for item in self.judge(items, advance)]
 
     @torch.inference_mode()
-    def judge(self, items: Sequence[Branches], advance: Callable[[int], None] = lambda n: None) -> list[list[Scored]]:
-        """What `score` gives, and whether greedy text would have been the answer: item -> answer."""
+    def judge(self, items: Sequence[Branches], advance: Callable[[int], None] = lambda n: None, *, top: int = 0) -> list[list[Scored]]:
+        """What `score` gives, whether greedy text would have been the answer, and the `top` likeliest tokens in its places: item -> answer."""
         results: list[list[Scored]] = [[] for _ in items]
         for group in _groups([len(item) for item in items], TOKENS_PER_PASS):
-            for i, scores in zip(group, self._score_pass([items[i] for i in group]), strict=True):
+            for i, scores in zip(group, self._score_pass([items[i] for i in group], top), strict=True):
                 results[i] = scores
             advance(len(group))
         return results
 
-    def _score_pass(self, items: Sequence[Branches]) -> list[list[Scored]]:
+    def _score_pass(self, items: Sequence[Branches], top: int) -> list[list[Scored]]:
         ids: list[int] = []
         rows: list[int] = []  # places whose next token is scored
         wanted: list[int] = []
@@ -131,11 +134,11 @@ class Engine:
                 ids += answer[:-1]
                 wanted += answer
         plan = Trees([(len(item.prompt), [len(answer) - 1 for answer in item.answers]) for item in items], self.device)
-        log_probs, likeliest = self._log_probs(self._hidden(ids, plan), rows, row_of, wanted)
+        log_probs, likeliest, tops = self._log_probs(self._hidden(ids, plan), rows, row_of, wanted, top)
         results, first = [], 0
         for item in items:
             ends = list(itertools.accumulate(map(len, item.answers), initial=first))
-            results.append([Scored(log_probs[a:b], all(likeliest[a:b])) for a, b in itertools.pairwise(ends)])
+            results.append([Scored(log_probs[a:b], all(likeliest[a:b]), tops[a:b]) for a, b in itertools.pairwise(ends)])
             first = ends[-1]
         return results
 
@@ -151,21 +154,28 @@ class Engine:
         return hidden
 
     def _log_probs(
-        self, hidden: torch.Tensor, rows: Sequence[int], row_of: Sequence[int], wanted: Sequence[int]
-    ) -> tuple[list[float], list[bool]]:
-        """Log-probability of each of `wanted` behind row `rows[row_of]` of `hidden`, and whether none is likelier; in chunks, so that
-        logits stay small.
+        self, hidden: torch.Tensor, rows: Sequence[int], row_of: Sequence[int], wanted: Sequence[int], top: int
+    ) -> tuple[list[float], list[bool], list[tuple[tuple[int, float], ...]]]:
+        """Log-probability of each of `wanted` behind row `rows[row_of]` of `hidden`, whether none is likelier, and the `top` likeliest ones;
+        in chunks, so that logits stay small.
         """
         places, tokens, sources = (torch.tensor(each, device=self.device) for each in (rows, wanted, row_of))
         found = torch.empty(len(wanted), device=self.device)
         likeliest = torch.empty(len(wanted), dtype=torch.bool, device=self.device)
+        best = torch.empty(len(rows), top, device=self.device)
+        best_tokens = torch.empty(len(rows), top, dtype=torch.int64, device=self.device)
         for start in range(0, len(rows), ROWS_PER_CHUNK):
             logits = self.head(hidden[places[start : start + ROWS_PER_CHUNK]]).float()  # [chunk, vocab]
             here = ((sources >= start) & (sources < start + ROWS_PER_CHUNK)).nonzero().squeeze(1)
             source = sources[here] - start
-            found[here] = logits[source, tokens[here]] - logits.logsumexp(dim=1)[source]
+            totals = logits.logsumexp(dim=1)
+            found[here] = logits[source, tokens[here]] - totals[source]
             likeliest[here] = logits.argmax(dim=1)[source] == tokens[here]
-        return found.tolist(), likeliest.tolist()
+            if top:
+                values, best_tokens[start : start + ROWS_PER_CHUNK] = logits.topk(top, dim=1)
+                best[start : start + ROWS_PER_CHUNK] = values - totals[:, None]
+        pairs = [tuple(zip(*each, strict=True)) for each in zip(best_tokens.tolist(), best.tolist(), strict=True)] if top else []
+        return found.tolist(), likeliest.tolist(), [pairs[row] for row in row_of] if top else []
 
     @torch.inference_mode()
     def generate(
@@ -194,7 +204,7 @@ class Engine:
     ) -> list[list[int]]:
         """Greedy continuations as ids: each to its end marker, to where `ended` says so of its ids, or to the limit."""
         found: list[list[int]] = [[] for _ in prompts]
-        places = self._cache_bytes() // self._bytes_per_place()
+        places = self._cache_bytes() // self.bytes_per_place()
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         while longest_first:
             width = len(prompts[longest_first[0]]) + max_new_tokens
@@ -209,7 +219,8 @@ class Engine:
         # Of all memory, not of what is free: what is computed together must not depend on who else is there.
         return torch.cuda.get_device_properties(self.device).total_memory // CACHE_SHARE if self.device.type == "cuda" else CACHE_BYTES
 
-    def _bytes_per_place(self) -> int:
+    def bytes_per_place(self) -> int:
+        """Bytes that the keys and values of one token take, in all layers."""
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -235,11 +246,11 @@ class Engine:
                 while waiting and len(new) < free and tokens + len(prompts[waiting[-1]]) <= TOKENS_PER_PASS:
                     tokens += len(prompts[waiting[-1]])
                     new.append(_Row(waiting.pop()))
-                logits = self._begin([prompts[row.number] for row in new], cache)
+                logits = self.begin([prompts[row.number] for row in new], cache)
                 taken += new
             else:
                 new = taken
-                logits = self._step([row.new[-1] for row in taken], cache)
+                logits = self.step([row.new[-1] for row in taken], cache)
             for row, token in zip(new, logits.argmax(-1).tolist(), strict=True):
                 row.new.append(token)
             done = 0
@@ -253,14 +264,14 @@ class Engine:
             if done:
                 advance(done)
 
-    def _begin(self, prompts: Sequence[list[int]], cache: Cache) -> torch.Tensor:
+    def begin(self, prompts: Sequence[list[int]], cache: Cache) -> torch.Tensor:
         """Read prompts into free slots; logits of what comes next. [prompts, vocab]"""
         plan = Trees([(len(prompt), ()) for prompt in prompts], self.device, cache)
         hidden = self._hidden([token for prompt in prompts for token in prompt], plan)
         logits: torch.Tensor = self.head(hidden[torch.tensor(plan.starts[1:], device=self.device) - 1])
         return logits
 
-    def _step(self, tokens: Sequence[int], cache: Cache) -> torch.Tensor:
+    def step(self, tokens: Sequence[int], cache: Cache) -> torch.Tensor:
         """Go on by one token in every slot that is taken. [slots, vocab]"""
         logits: torch.Tensor = self.head(self._hidden(tokens, Step(cache, self.device)))
         return logits
@@ -275,37 +286,14 @@ class Engine:
         return before_stop(self._whole(ids), stop)
 
     @torch.inference_mode()
-    def stream(
-        self, prompt: list[int], *, max_new_tokens: int = 256, temperature: float = 0.0, stop: Sequence[str] = (), seed: int = 0
-    ) -> Iterator[str]:
+    def stream(self, prompt: list[int], settings: Settings) -> Iterator[str]:
         """Pieces of text as they are generated; a character is never split, a stop string never shown."""
-        generator = torch.Generator(device=self.device).manual_seed(seed)
-        cache, new, shown = Cache(1, len(prompt) + max_new_tokens), list[int](), ""
-        for _ in range(max_new_tokens):
-            logits = (self._step(new[-1:], cache) if new else self._begin([prompt], cache))[0].float()
-            if temperature > 0:
-                token = int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
-            else:
-                token = int(logits.argmax())
-            if token == self.tokenizer.eos_token_id:
-                break
-            new.append(token)
-            text = self.tokenizer.decode(new, skip_special_tokens=True).lstrip()
-            ended = [text.index(s) for s in stop if s in text]
-            if ended:
-                text = text[: min(ended)]
-            if not ended and text.endswith("\N{REPLACEMENT CHARACTER}"):  # the first bytes of a character that is not whole yet
-                continue
-            held = 0 if ended else max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-            safe = text[: len(text) - held]
-            if len(safe) > len(shown):
-                yield safe[len(shown) :]
-                shown = safe
-            if ended:
-                return
-        text = self._whole(new).lstrip()
-        if len(text) > len(shown):
-            yield text[len(shown) :]
+        generation = Generation(self.tokenizer, settings)
+        cache = Cache(1, len(prompt) + settings.max_new_tokens)
+        while generation.reason is None:
+            logits = (self.step(generation.ids[-1:], cache) if generation.ids else self.begin([prompt], cache))[0]
+            if piece := generation.take(logits, int(logits.argmax())):
+                yield piece
 
     def _whole(self, ids: list[int]) -> str:
         """The text of ids, without the first bytes of a character that the limit cut off."""

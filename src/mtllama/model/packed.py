@@ -53,6 +53,16 @@ class Cache:
             self.layers[layer] = like.new_zeros(shape), like.new_zeros(shape)
         return self.layers[layer]
 
+    def resized(self, slots: int, width: int) -> "Cache":
+        """A cache of another size with what is in this one."""
+        other, taken, kept = Cache(slots, width), len(self.lengths), max(self.lengths, default=0)
+        other.lengths = list(self.lengths)
+        for layer, tensors in self.layers.items():
+            if taken:
+                for mine, theirs in zip(tensors, other.layer(layer, tensors[0][0]), strict=True):
+                    theirs[:taken, :, :kept] = mine[:taken, :, :kept]
+        return other
+
     def leave(self, slot: int) -> int:
         """Free a slot; the last one that is taken moves into it. Returns the number of the one that moved."""
         last = len(self.lengths) - 1

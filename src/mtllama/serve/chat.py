@@ -8,6 +8,7 @@ from rich.console import Console
 
 from mtllama.data.prompt import Turn
 from mtllama.model.engine import Engine
+from mtllama.model.generation import Settings
 
 HELP = "/reset forgets the dialogue, /exit (or Ctrl-D) ends, /examples shows tasks to try, /help shows this"
 EXAMPLES = (
@@ -53,7 +54,7 @@ class Chat:
             ids, cut = encoder.prompt_ids(text, self.history, room=room)
         stop = (encoder.format.end,) if encoder.format.end else ()
         pieces = []
-        for piece in self.engine.stream(ids, max_new_tokens=room, temperature=self.temperature, stop=stop):
+        for piece in self.engine.stream(ids, Settings(room, self.temperature, stop=stop, strip=True)):
             pieces.append(piece)
             yield piece
         self.history.append(Turn(text, "".join(pieces)))

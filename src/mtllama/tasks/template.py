@@ -8,6 +8,7 @@ row or in the value of an expression is text (but separates choices, where an ex
 import contextlib
 import functools
 import operator
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,6 +34,14 @@ class Example:
     choices: tuple[str, ...] | None
     task: str
     template: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked where nobody knows the answer."""
+
+    inputs: str
+    choices: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,38 @@ class Template:
         except Refused as fault:
             raise UserError(f"template '{self.name}' of {task}, row {row_id or '?'}: {fault}") from fault
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the columns that are needed to ask: those of the part before the separator, in order, and of the choices."""
+        with self._faults():
+            needed = _syntax(self._question).variables
+            if self.answer_choices:
+                needed |= _syntax(self.answer_choices).variables
+        text = f"{self._question} {self.answer_choices}"
+        return tuple(sorted(needed - {"answer_choices"}, key=lambda name: (text.find(name), name)))
+
+    def ask(self, row: Mapping[str, Any], *, task: str, seed: int = 0) -> Question:
+        """Render the question alone; the columns of the answer need not be there."""
+        try:
+            chance = Chance(seed, task, self.name, "")
+            choices, more = None, None
+            if self.answer_choices:
+                choices = _render_choices(self.answer_choices, self.lenient, row, chance)
+                more = {"answer_choices": list(choices)}
+            rendering = _load_prompt(self._question, self.truncate, self.lenient).render(row, chance, more)
+        except Refused as fault:
+            raise UserError(f"template '{self.name}' of {task}: {fault}") from fault
+        inputs = rendering.replace(sandbox.BAR, "|").strip()
+        if not inputs:
+            raise UserError(f"template '{self.name}' of {task}: the question renders to nothing; fill in {', '.join(self.fields)}")
+        if choices is not None and len(set(choices)) < 2:
+            raise UserError(f"template '{self.name}' of {task}: there are no two different choices in {list(choices)}")
+        return Question(inputs, choices)
+
+    @property
+    def _question(self) -> str:
+        return _LONE_SEPARATOR.split(self.jinja, maxsplit=1)[0]
+
     def _render(self, row: Mapping[str, Any], task: str, chance: Chance) -> Example | None:
         choices: tuple[str, ...] | None = None
         more: dict[str, Any] | None = {"answer_choices": None} if self.lenient else None
@@ -122,6 +163,10 @@ class Template:
             yield
         except Refused as fault:
             raise UserError(f"template '{self.name}': {fault}") from fault
+
+
+_LONE_SEPARATOR = re.compile(r"(?<!\|)\|\|\|(?!\|)")
+"""The separator, and not part of a longer row of bars (MultiNews parts its documents by five)."""
 
 
 @functools.lru_cache(maxsize=8192)

@@ -1,0 +1,366 @@
+"""Continuous batching: requests join and leave the running batch of one model, which one thread computes.
+
+Every round reads what is to be scored (up to a pass), then the prompts of new requests, as many as there is room for,
+and then goes on by one token in all that run. A request that is done, cancelled or out of time leaves its slot at once.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+
+from mtllama.model.engine import TOKENS_PER_PASS, Branches, Engine, Scored
+from mtllama.model.generation import Generation, Reason, Settings, TokenLogprob
+from mtllama.model.packed import Cache
+from mtllama.progress import say
+
+WIDTH_STEP = 256
+"""Places by which a cache is made wider."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes on."""
+
+    max_batch: int = 16
+    """Continuations that run together."""
+    max_queue: int = 128
+    """Prompts that wait, to be continued or scored."""
+    max_seconds: float = 120.0
+    """From arrival on; a continuation then ends with what it has."""
+    cache_bytes: int = 2**30
+    """Memory for the keys and values of what runs; one request may take more."""
+
+
+class BusyError(Exception):
+    """The queue is full."""
+
+
+class ClosedError(Exception):
+    """The server is going down, or the request waited for longer than its time."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one round brought to a continuation."""
+
+    index: int
+    """Which of the request's continuations it is."""
+    text: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    reason: Reason | None = None
+    error: Exception | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing more comes of this continuation."""
+        return self.reason is not None or self.error is not None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request that was taken on; whoever holds it may cancel it."""
+
+    deadline: float
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more: it leaves before the next round, and is told nothing."""
+        self.cancelled = True
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """One continuation of a request."""
+
+    ticket: Ticket
+    index: int
+    prompt: list[int]
+    generation: Generation
+    tell: Callable[[Update], None]
+    told: int = 0  # tokens that it was told of
+
+    @property
+    def width(self) -> int:
+        return len(self.prompt) + self.generation.settings.max_new_tokens
+
+    def say(self, text: str, error: Exception | None = None) -> None:
+        generation, new = self.generation, slice(self.told, None)
+        reason = generation.reason
+        if not (text or reason or error or generation.settings.top_logprobs is not None):
+            return
+        update = Update(self.index, text, tuple(generation.ids[new]), tuple(generation.logprobs[new]), None if error else reason, error)
+        self.told = len(generation.ids)
+        if not self.ticket.cancelled:
+            self.tell(update)
+
+
+@dataclass(eq=False)
+class _Scoring:
+    """Prompts and answers of one request that are to be scored."""
+
+    ticket: Ticket
+    items: list[Branches]
+    top: int
+    future: "Future[list[list[Scored]]]"
+    next: int = 0  # the first item that was not taken into a pass
+    found: dict[int, list[Scored]] = field(default_factory=dict)
+
+
+@dataclass
+class Load:
+    """What a scheduler did so far."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    scored_tokens: int = 0
+    cancelled: int = 0
+
+
+class Scheduler:
+    """The only one who calls the model of a server. Threads and event loops give it requests; it tells them what it finds."""
+
+    def __init__(self, engine: Engine, limits: Limits | None = None) -> None:
+        self.engine, self.limits = engine, limits or Limits()
+        self.load = Load()
+        self._places = self.limits.cache_bytes // engine.bytes_per_place()
+        self._changed = threading.Condition()
+        self._waiting: deque[_Sequence] = deque()
+        self._scorings: deque[_Scoring] = deque()
+        self._running: list[_Sequence] = []  # in the order of the cache's slots
+        self._cache: Cache | None = None
+        self._closing: float | None = None  # until when what runs may go on
+        self._thread = threading.Thread(target=self._run, name="mtllama-scheduler", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests on."""
+        return self._thread.is_alive() and self._closing is None
+
+    @property
+    def running(self) -> int:
+        """Continuations in the batch."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Prompts that wait, to be continued or scored."""
+        with self._changed:
+            return len(self._waiting) + sum(len(scoring.items) - scoring.next for scoring in self._scorings)
+
+    def retire(self, grace: float) -> None:
+        """Take nothing on any more; what runs may finish within `grace` seconds, and then ends with what it has."""
+        with self._changed:
+            if self._closing is None:
+                self._closing = time.monotonic() + grace
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Retire without grace, unless it was done before, and wait until nothing runs."""
+        self.retire(0.0)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def generate(self, prompts: Sequence[list[int]], settings: Sequence[Settings], tell: Callable[[Update], None]) -> Ticket:
+        """Continue prompts, each with settings of its own. `tell` is called from the scheduler's thread; it must not block or fail.
+
+        Raises `BusyError` or `ClosedError`; then nothing of the request was taken on.
+        """
+        ticket = Ticket(time.monotonic() + self.limits.max_seconds)
+        sequences = [
+            _Sequence(ticket, index, prompt, Generation(self.engine.tokenizer, each), tell)
+            for index, (prompt, each) in enumerate(zip(prompts, settings, strict=True))
+        ]
+        with self._changed:
+            self._require_room(len(sequences))
+            self._waiting += sequences
+            self._changed.notify()
+        return ticket
+
+    def score(self, items: Sequence[Branches], *, top: int = 0) -> tuple[Ticket, "Future[list[list[Scored]]]"]:
+        """Score answers behind prompts, as `Engine.judge` does. Raises as `generate` does."""
+        future: Future[list[list[Scored]]] = Future()
+        ticket = Ticket(time.monotonic() + self.limits.max_seconds)
+        with self._changed:
+            self._require_room(len(items))
+            if items:
+                self._scorings.append(_Scoring(ticket, list(items), top, future))
+                self._changed.notify()
+            else:
+                future.set_result([])
+        return ticket, future
+
+    def _require_room(self, more: int) -> None:
+        if self._closing is not None:
+            raise ClosedError("the server is going down")
+        waiting = self.waiting
+        # A request of many prompts is served where nothing waits.
+        if waiting and waiting + more > self.limits.max_queue:
+            raise BusyError(f"{waiting} prompts wait already; try again later")
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._scorings or self._running or self._closing is not None):
+                    self._cache = None  # an idle server holds no keys and values
+                    self._changed.wait()
+                self._drop()
+                if self._closing is not None and not (self._waiting or self._scorings or self._running):
+                    return
+                units, new = self._take_scorings(), self._take_waiting()
+            # Whatever goes wrong is told to those whom it concerns: the thread lives as long as the server.
+            with torch.inference_mode():
+                if units:
+                    self._score(units)
+                if new:
+                    self._begin(new)
+                if self._running:
+                    self._step()
+
+    def _drop(self) -> None:
+        """Let go of what was cancelled, is out of time, or is cut off by the end of the server."""
+        now = time.monotonic()
+        over = self._closing is not None and now >= self._closing
+        for slot in reversed(range(len(self._running))):
+            sequence = self._running[slot]
+            if sequence.ticket.cancelled:
+                self.load.cancelled += 1
+                self._leave(slot)
+            elif over or now >= sequence.ticket.deadline:
+                sequence.say(sequence.generation.end("length"))
+                self._leave(slot)
+        waiting, scorings = list(self._waiting), list(self._scorings)
+        self._waiting.clear()
+        self._scorings.clear()
+        late = ClosedError("the server is going down" if over else "the server is busy: the request waited for longer than its time")
+        for sequence in waiting:
+            if sequence.ticket.cancelled:
+                self.load.cancelled += 1
+            elif over or now >= sequence.ticket.deadline:
+                sequence.say("", late)
+            else:
+                self._waiting.append(sequence)
+        for scoring in scorings:
+            if scoring.ticket.cancelled:
+                self.load.cancelled += 1
+                scoring.future.cancel()
+            elif over or now >= scoring.ticket.deadline:
+                scoring.future.set_exception(late)
+            else:
+                self._scorings.append(scoring)
+
+    def _leave(self, slot: int) -> None:
+        assert self._cache is not None
+        self._running[slot] = self._running[self._cache.leave(slot)]
+        self._running.pop()
+
+    def _take_scorings(self) -> list[tuple[_Scoring, int]]:
+        """What is scored in the next pass: up to a pass of tokens, or one item."""
+        units: list[tuple[_Scoring, int]] = []
+        tokens = 0
+        for scoring in list(self._scorings):
+            while scoring.next < len(scoring.items):
+                size = len(scoring.items[scoring.next])
+                if units and tokens + size > TOKENS_PER_PASS:
+                    return units
+                units.append((scoring, scoring.next))
+                tokens += size
+                scoring.next += 1
+            self._scorings.popleft()
+        return units
+
+    def _take_waiting(self) -> list[_Sequence]:
+        """Who joins: in the order of arrival, while there are slots, memory, and tokens left of a pass."""
+        new: list[_Sequence] = []
+        tokens, width = 0, self._cache.width if self._cache else 0
+        while self._waiting:
+            sequence = self._waiting[0]
+            wider = max(width, -(-sequence.width // WIDTH_STEP) * WIDTH_STEP)
+            taken = len(self._running) + len(new)
+            if taken >= self._slots(wider) or (new and tokens + len(sequence.prompt) > TOKENS_PER_PASS):
+                break
+            tokens, width = tokens + len(sequence.prompt), wider
+            new.append(self._waiting.popleft())
+        count = len(self._running) + len(new)
+        if new and (self._cache is None or width > self._cache.width or count > self._cache.slots):
+            slots = min(self._slots(width), 1 << (count - 1).bit_length())  # doubled as more join: a lone request needs one
+            self._cache = (self._cache or Cache(0, 0)).resized(slots, width)
+        return new
+
+    def _slots(self, width: int) -> int:
+        return max(1, min(self.limits.max_batch, self._places // width))
+
+    def _score(self, units: list[tuple[_Scoring, int]]) -> None:
+        try:
+            results = self.engine.judge([scoring.items[i] for scoring, i in units], top=max(scoring.top for scoring, _ in units))
+        except Exception as error:
+            if len({id(scoring) for scoring, _ in units}) > 1:  # one of them is at fault: each by itself
+                for scoring in dict.fromkeys(scoring for scoring, _ in units):
+                    self._score([unit for unit in units if unit[0] is scoring])
+                return
+            scoring = units[0][0]
+            if not scoring.future.done():
+                say(f"scoring failed: {' '.join(str(error).split())[:300]}")
+                scoring.future.set_exception(error)
+                scoring.next = len(scoring.items)
+                scoring.ticket.cancel()
+            return
+        for (scoring, i), result in zip(units, results, strict=True):
+            scoring.found[i] = result
+            self.load.scored_tokens += len(scoring.items[i])
+            if len(scoring.found) == len(scoring.items) and not scoring.future.done():
+                scoring.future.set_result([scoring.found[i] for i in range(len(scoring.items))])
+
+    def _begin(self, new: list[_Sequence]) -> None:
+        """Read prompts into the next slots."""
+        assert self._cache is not None
+        before = len(self._running)
+        try:
+            logits = self.engine.begin([sequence.prompt for sequence in new], self._cache)
+        except Exception as error:
+            del self._cache.lengths[before:]
+            if len(new) > 1:  # one of them is at fault: each by itself
+                for sequence in new:
+                    self._begin([sequence])
+            else:
+                self._failed(new, error)
+            return
+        self._running += new
+        self.load.prompt_tokens += sum(len(sequence.prompt) for sequence in new)
+        self._go_on(before, logits)
+
+    def _step(self) -> None:
+        """One more token for all that run."""
+        assert self._cache is not None
+        try:
+            logits = self.engine.step([sequence.generation.ids[-1] for sequence in self._running], self._cache)
+        except Exception as error:
+            failed, self._running, self._cache = self._running, [], None
+            self._failed(failed, error)
+            return
+        self._go_on(0, logits)
+
+    def _go_on(self, first: int, logits: torch.Tensor) -> None:
+        """Give the sequences from slot `first` on their next token. logits: [sequences, vocab]"""
+        likeliest = logits.argmax(-1).tolist()
+        for slot in reversed(range(first, len(self._running))):  # from behind: those that move have been looked at
+            sequence = self._running[slot]
+            text = sequence.generation.take(logits[slot - first], likeliest[slot - first])
+            self.load.generated_tokens += 1
+            sequence.say(text)
+            if sequence.generation.reason is not None:
+                self._leave(slot)
+
+    def _failed(self, sequences: list[_Sequence], error: Exception) -> None:
+        say(f"generation failed: {' '.join(str(error).split())[:300]}")
+        for sequence in sequences:
+            sequence.say("", error)

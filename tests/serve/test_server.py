@@ -1,0 +1,386 @@
+"""The server over real HTTP, asked by real clients: OpenAI's SDK, curl, lm-eval, and some that misbehave."""
+
+import asyncio
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+
+from mtllama import api
+from mtllama.data.prompt import Turn
+from mtllama.model.engine import Engine
+from mtllama.model.find import find_model
+from mtllama.model.load import load_model
+from mtllama.serve import app as app_module
+from mtllama.serve.scheduler import Limits
+from mtllama.serve.server import bind, start
+
+PATIENCE = 30.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def engine(pico: Path) -> Engine:
+    return Engine(load_model(find_model(str(pico)), dtype="float32"))
+
+
+@dataclass
+class Served:
+    url: str
+    engine: Engine
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=PATIENCE)
+
+    def metric(self, name: str) -> float:
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name) and not line.startswith("#"))
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", max_retries=0, timeout=PATIENCE, **{"api_key": "none", **options})
+
+
+@contextlib.contextmanager
+def run_server(engine: Engine, **options: Any) -> Iterator[Served]:
+    bound = bind("127.0.0.1", 0)
+    server = start(engine, bound, name="pico", **options)
+    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    deadline = time.monotonic() + PATIENCE
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.01)
+    try:
+        yield Served(url, engine)
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def served(engine: Engine) -> Iterator[Served]:
+    with run_server(engine) as running:
+        yield running
+
+
+def greedy(served: Served, prompt: str, count: int) -> list[int]:
+    return served.engine.continue_ids([served.engine.encoder.raw_ids(prompt)], max_new_tokens=count)[0]
+
+
+# OpenAI's own client
+
+
+def test_the_openai_client_gets_what_the_engine_says(served: Served) -> None:
+    client, tokenizer = served.client(), served.engine.tokenizer
+    assert [model.id for model in client.models.list()] == ["pico"] and client.models.retrieve("pico").id == "pico"
+    answer = client.completions.create(model="pico", prompt="Is fog wet?", max_tokens=12, temperature=0)
+    ids = greedy(served, "Is fog wet?", 12)
+    assert answer.choices[0].text == tokenizer.decode(ids, skip_special_tokens=True)
+    assert answer.usage and answer.usage.completion_tokens == len(ids)
+    assert answer.usage.prompt_tokens == len(served.engine.encoder.raw_ids("Is fog wet?"))
+    assert answer.choices[0].finish_reason == ("stop" if ids[-1] == tokenizer.eos_token_id else "length")
+
+
+def test_a_stream_is_the_whole_answer_in_pieces(served: Served) -> None:
+    client = served.client()
+    options: Any = {"model": "pico", "prompt": ["One", "Two two"], "max_tokens": 20, "temperature": 0}
+    whole = client.completions.create(**options)
+    texts, reasons, usage, pieces = ["", ""], ["", ""], None, 0
+    for chunk in client.completions.create(**options, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+            pieces += 1
+    assert texts == [choice.text for choice in whole.choices] and reasons == [choice.finish_reason for choice in whole.choices]
+    assert usage == whole.usage and pieces > 4
+
+
+def test_chat_is_the_model_s_own_format(served: Served) -> None:
+    client, encoder = served.client(), served.engine.encoder
+    messages: Any = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": [{"type": "text", "text": "Bye"}]},
+    ]
+    answer = client.chat.completions.create(model="pico", messages=messages, max_tokens=15, temperature=0)
+    prompt = encoder.whole_prompt_ids("Bye", [Turn("Hello", "Hi")], "Be brief.")
+    text = "".join(served.engine.stream(prompt, api.answer_settings(served.engine, 15)))
+    assert answer.choices[0].message.content == text and answer.choices[0].message.role == "assistant"
+    assert answer.usage and answer.usage.prompt_tokens == len(prompt)
+    streamed = client.chat.completions.create(model="pico", messages=messages, max_tokens=15, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == text
+
+
+def test_log_probabilities_are_the_engine_s(served: Served) -> None:
+    client, prompt = served.client(), "Is fog wet?"
+    ids, new = served.engine.encoder.raw_ids(prompt), greedy(served, prompt, 6)
+    answer = client.completions.create(model="pico", prompt=prompt, max_tokens=6, temperature=0, logprobs=2, echo=True)
+    found = answer.choices[0].logprobs
+    assert found and found.token_logprobs and found.tokens and found.top_logprobs and found.text_offset
+    ((scored,),) = served.engine.judge([api.Branches(ids[:1], [ids[1:] + new])])
+    assert found.token_logprobs[0] is None and found.token_logprobs[1:] == pytest.approx(scored.log_probs, abs=1e-4)
+    assert len(found.tokens) == len(ids) + len(new) == len(found.top_logprobs) == len(found.text_offset)
+    assert all(top is None or 1 <= len(top) <= 3 for top in found.top_logprobs)
+    assert answer.choices[0].text.startswith(prompt)
+    chat = client.chat.completions.create(
+        model="pico", messages=[{"role": "user", "content": prompt}], max_tokens=3, temperature=0, logprobs=True, top_logprobs=2
+    )
+    content = chat.choices[0].logprobs and chat.choices[0].logprobs.content
+    assert content and all(len(each.top_logprobs) == 2 and each.logprob == each.top_logprobs[0].logprob for each in content)
+
+
+def test_draws_repeat_with_a_seed_and_several_answers_differ(served: Served) -> None:
+    client = served.client()
+
+    def drawn(**options: Any) -> list[str]:
+        answer = client.completions.create(model="pico", prompt="Once", max_tokens=10, temperature=1, n=4, **options)
+        return [choice.text for choice in answer.choices]
+
+    assert drawn(seed=3) == drawn(seed=3) != drawn(seed=4)
+    assert len(set(drawn(seed=3))) > 1 and drawn() != drawn()
+
+
+def test_prompts_come_as_text_ids_or_lists_of_either(served: Served) -> None:
+    ids = served.engine.encoder.raw_ids("Is fog wet?")
+    forms: list[Any] = ["Is fog wet?", ids, ["Is fog wet?"], [ids]]
+    texts = [served.post("/v1/completions", prompt=form, temperature=0).json()["choices"][0]["text"] for form in forms]
+    assert len(set(texts)) == 1
+    two = served.post("/v1/completions", prompt=[ids, ids[:2]], temperature=0).json()["choices"]
+    assert [choice["index"] for choice in two] == [0, 1] and two[0]["text"] == texts[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_never_shows(served: Served, stream: bool) -> None:
+    whole = served.post("/v1/completions", prompt="Is fog wet?", max_tokens=40, temperature=0).json()["choices"][0]["text"]
+    place = len(whole) // 2
+    stop = whole[place : place + 5]  # wherever tokens end
+    body = {"prompt": "Is fog wet?", "max_tokens": 40, "temperature": 0, "stop": ["never said", stop], "stream": stream}
+    answer = served.post("/v1/completions", **body)
+    if stream:
+        events = [json.loads(line[6:]) for line in answer.text.split("\n\n") if line and line != "data: [DONE]"]
+        text = "".join(choice["text"] for event in events for choice in event["choices"])
+        reason = events[-1]["choices"][0]["finish_reason"]
+    else:
+        text, reason = answer.json()["choices"][0]["text"], answer.json()["choices"][0]["finish_reason"]
+    assert text == whole[: whole.index(stop)] and reason == "stop"
+
+
+def test_curl_is_served(served: Served) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    body = json.dumps({"prompt": "Is fog wet?", "max_tokens": 5, "stream": True})
+    told = subprocess.run(
+        ["curl", "-sSN", f"{served.url}/v1/completions", "-H", "Content-Type: application/json", "-d", body],
+        capture_output=True, text=True, check=True, timeout=PATIENCE,
+    ).stdout  # fmt: skip
+    assert told.startswith("data: {") and told.endswith("data: [DONE]\n\n")
+
+
+# Scoring and tasks
+
+
+def test_scores_are_the_offline_ones(served: Served) -> None:
+    choices = ["Yes", "No", "It depends on the fog"]
+    told = served.post("/v1/score", prompt="Is fog wet?", choices=choices).json()
+    theirs = api.Model(served.engine).score("Is fog wet?", choices)
+    assert told["model"] == "pico" and told["best"] == theirs.best.index
+    for ours, other in zip(told["choices"], theirs.choices, strict=True):
+        assert ours["logprobs"] == pytest.approx(list(other.logprobs), abs=1e-4) and ours["token_ids"] == list(other.token_ids)
+        for name in ("sum", "mean", "per_char", "per_byte"):
+            assert ours[name] == pytest.approx(getattr(other, name), abs=1e-4)
+        assert ours["text"] == other.text
+    assert set(told["choices"][0]) == {"index", "text", "token_ids", "logprobs", "sum", "mean", "per_char", "per_byte"}
+    raw = served.post("/v1/score", prompt="Is fog", choices=[" wet", " dry"], raw=True).json()
+    assert raw["choices"][0]["token_ids"] == served.engine.encoder.raw_continuation_ids(" wet")
+
+
+def test_tasks_are_listed_and_run(served: Served) -> None:
+    listed = {task["name"]: task for task in httpx.get(f"{served.url}/v1/tasks").json()["data"]}
+    assert len(listed) > 40
+    assert listed["copa"]["templates"][0]["fields"] == ["premise", "question", "choice1", "choice2"]
+    fields = {"premise": "The candle went out.", "question": "cause", "choice1": "I blew on it", "choice2": "I lit it"}
+    told = served.post("/v1/tasks/copa/run", fields=fields).json()
+    theirs = api.Model(served.engine).run_task("copa", **fields)
+    assert (told["answer"], told["prompt"], told["template"]) == (theirs.answer, theirs.prompt, theirs.template)
+    assert sum(told["probabilities"]) == pytest.approx(1) and len(told["choices"]) == 2
+    asked = {"context": "Paris is in France.", "question": "Where is Paris?"}
+    told = served.post("/v1/tasks/squad/run", fields=asked, template="mt-llama").json()
+    assert told["choices"] is None and told["answer"] == api.Model(served.engine).run_task("squad", **asked).answer
+
+
+# Bad requests
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        ("/v1/completions", {}, 400, "prompt: Field required"),
+        ("/v1/completions", {"prompt": "x", "temperature": -1}, 400, "temperature"),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 10_000}, 400, "the model reads 512 in all"),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 0}, 400, "max_tokens is 0"),
+        ("/v1/completions", {"prompt": [10**7]}, 400, "token id 10000000 is not of this model"),
+        ("/v1/completions", {"prompt": []}, 400, "prompt"),
+        ("/v1/completions", {"prompt": "x", "model": "gpt-4"}, 404, "'gpt-4' is not served here; 'pico' is"),
+        ("/v1/completions", {"prompt": "x", "suffix": "y"}, 400, "suffix is not served"),
+        ("/v1/completions", {"prompt": "x", "presence_penalty": 1}, 400, "not served"),
+        ("/v1/completions", {"prompt": "x", "stop": [""]}, 400, "stop"),
+        ("/v1/chat/completions", {"messages": []}, 400, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, 400, "in turn"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools are not served"),
+        ("/v1/score", {"prompt": "x", "choices": []}, 400, "choices"),
+        ("/v1/score", {"prompt": "x", "choices": [""], "raw": True}, 400, "choice 0 is no token"),
+        ("/v1/score", {"prompt": "word " * 600, "choices": ["a", "b"]}, 400, "the model reads 512"),
+        ("/v1/tasks/nothing/run", {"fields": {}}, 404, "no task 'nothing'"),
+        ("/v1/tasks/copa/run", {"fields": {"premise": "x"}}, 400, "question, choice1, choice2 missing"),
+        ("/v1/tasks/copa/run", {"fields": {}, "template": "none"}, 400, "has no template 'none'"),
+        ("/v1/tasks/squad/run", {"fields": {"context": 5, "question": "x"}}, 400, "template 'mt-llama' of squad"),
+    ],
+)
+def test_a_bad_request_gets_one_clear_line(served: Served, path: str, body: dict[str, Any], status: int, says: str) -> None:
+    answer = served.post(path, **body)
+    error = answer.json()["error"]
+    assert answer.status_code == status and says in error["message"] and "\n" not in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_a_body_that_is_no_json_or_too_large_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = httpx.post(f"{served.url}/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+    answer = httpx.post(f"{served.url}/v1/completions", content=b"\xff\xfe", headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    monkeypatch.setattr(app_module, "MAX_BODY", 1000)
+    answer = served.post("/v1/completions", prompt="x" * 2000)
+    assert answer.status_code == 413 and "larger than 1000 bytes" in answer.json()["error"]["message"]
+    assert httpx.get(f"{served.url}/nothing").status_code == 404 and httpx.get(f"{served.url}/v1/score").status_code == 405
+
+
+def test_special_tokens_in_a_text_are_text(served: Served) -> None:
+    eos = served.engine.tokenizer.eos_token
+    told = served.post("/v1/completions", prompt=eos, max_tokens=0, echo=True, logprobs=0).json()
+    ids = served.engine.encoder.raw_ids(eos)
+    assert told["usage"]["prompt_tokens"] == len(ids) > 1 and served.engine.tokenizer.eos_token_id not in ids
+
+
+# Under stress
+
+
+def test_a_client_that_goes_away_frees_its_slot(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = engine.step
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.02)
+        return step(*args)
+
+    monkeypatch.setattr(engine, "step", slow)
+    with run_server(engine, limits=Limits(max_batch=1)) as served:
+        for stream in (True, False):
+            before = served.metric("mtllama_cancelled_total")
+            body = {"prompt": "x", "max_tokens": 400, "temperature": 2, "seed": 1, "stream": stream, "logprobs": 0}
+            with socket.create_connection(served.url[7:].split(":"), timeout=PATIENCE) as client:  # type: ignore[arg-type]
+                text = json.dumps(body)
+                client.sendall(
+                    f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode()
+                )
+                wait_for(lambda: served.metric("mtllama_running") == 1)
+            wait_for(lambda before=before: served.metric("mtllama_cancelled_total") == before + 1)  # type: ignore[misc]
+            wait_for(lambda: served.metric("mtllama_running") == 0)
+        assert served.post("/v1/completions", prompt="x", max_tokens=2).status_code == 200
+
+
+def wait_for(true: Any) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_full_queue_answers_429_and_says_when_to_come_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = engine.step
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.02)
+        return step(*args)
+
+    monkeypatch.setattr(engine, "step", slow)
+    with run_server(engine, limits=Limits(max_batch=1, max_queue=1)) as served:
+
+        async def ask() -> list[httpx.Response]:
+            body = {"prompt": "x", "max_tokens": 30, "temperature": 1}
+            async with httpx.AsyncClient(timeout=PATIENCE) as client:
+                return await asyncio.gather(*(client.post(f"{served.url}/v1/completions", json=body) for _ in range(8)))
+
+        answers = asyncio.run(ask())
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert refused and len(refused) + sum(answer.status_code == 200 for answer in answers) == 8
+        assert all(answer.headers["retry-after"] == "1" and answer.json()["error"]["code"] == "queue_full" for answer in refused)
+
+
+def test_only_the_key_opens_the_door(engine: Engine) -> None:
+    with run_server(engine, api_key="a secret é") as served:
+        assert httpx.get(f"{served.url}/health").json() == {"status": "ok", "model": "pico"}
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "a secret"}):
+            answer = httpx.get(f"{served.url}/v1/models", headers=headers)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        right = {"Authorization": "Bearer a secret é".encode()}
+        assert httpx.get(f"{served.url}/v1/models", headers=right).status_code == 200
+        with pytest.raises(openai.AuthenticationError):
+            served.client(api_key="wrong").models.list()
+
+
+def test_counters_count(engine: Engine) -> None:
+    with run_server(engine) as served:
+        served.post("/v1/completions", prompt="one two", max_tokens=3, temperature=0)
+        served.post("/v1/score", prompt="x", choices=["a", "b"])
+        served.post("/v1/completions")
+        text = httpx.get(f"{served.url}/metrics").text
+        assert 'mtllama_requests_total{route="/v1/completions",status="200"} 1.0' in text
+        assert 'mtllama_requests_total{route="/v1/completions",status="400"} 1.0' in text
+        assert served.metric("mtllama_generated_tokens_total") == len(greedy(served, "one two", 3))
+        assert served.metric("mtllama_scored_tokens_total") > 0 and served.metric("mtllama_first_token_seconds_count") == 1
+
+
+def test_lm_eval_gets_the_offline_numbers(served: Served) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    tokenizer = str(served.engine.loaded.source.files)
+    theirs = LocalCompletionsAPI(
+        base_url=f"{served.url}/v1/completions",
+        model="pico",
+        tokenizer=tokenizer,
+        tokenizer_backend="huggingface",
+        max_length=500,
+        num_concurrent=1,
+    )
+    pairs = [("Is fog wet? Answer:", f" {choice}") for choice in ("Yes", "No", "It depends")] + [("One two", " three four")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    found = theirs.loglikelihood(requests)
+    for (prompt, choice), (logprob, is_greedy) in zip(pairs, found, strict=True):
+        ids, whole = served.engine.encoder.raw_ids(prompt), served.engine.encoder.raw_ids(prompt + choice)
+        assert whole[: len(ids)] == ids
+        ((scored,),) = served.engine.judge([api.Branches(ids, [whole[len(ids) :]])])
+        assert logprob == pytest.approx(sum(scored.log_probs), abs=1e-3) and is_greedy == scored.greedy
+    assert len({logprob for logprob, _ in found}) == 4
