@@ -840,13 +840,18 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N")] = 256,
     examples: Annotated[bool, typer.Option("--examples", help="Answer the sample dialogues and end.")] = False,
 ) -> None:
-    """Talk to a model; /reset forgets, /exit ends; reads a pipe too. Example: mtllama chat smollm2-135m --prompt "Is fog wet? Yes or no?" """
-    from mtllama.serve.chat import Chat, run
+    """Talk to a model, or ask it a task (/task copa); /help lists what else; reads a pipe too. Example: mtllama chat smollm2-135m --prompt "Is fog wet? Yes or no?" """
+    from mtllama.serve.chat import Chat
+    from mtllama.serve.terminal import run
 
     if temperature < 0 or max_new_tokens < 1:
         raise UserError("--temperature must be at least 0 and --max-new-tokens at least 1")
-    engine = _chat_engine(model, base, delta, _dtype(dtype), format)
-    run(Chat(engine, temperature=temperature, max_new_tokens=max_new_tokens), prompt=prompt, examples=examples)
+
+    def load(name: str) -> Any:
+        return _chat_engine(name, None, None, _dtype(dtype), format)
+
+    chat = Chat(_chat_engine(model, base, delta, _dtype(dtype), format), temperature=temperature, max_new_tokens=max_new_tokens)
+    run(chat, load, prompt=prompt, examples=examples)
 
 
 @app.command()

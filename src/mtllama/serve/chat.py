@@ -1,16 +1,12 @@
-"""Chat in the terminal, one-shot, or over a pipe, in the model folder's own prompt format."""
+"""A dialogue with a model, in the model folder's own prompt format."""
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
-
-from rich.console import Console
 
 from mtllama.data.prompt import Turn
 from mtllama.model.engine import Engine
 from mtllama.model.generation import Settings
 
-HELP = "/reset forgets the dialogue, /exit (or Ctrl-D) ends, /examples shows tasks to try, /help shows this"
 EXAMPLES = (
     (
         "Sentiment",
@@ -44,73 +40,25 @@ class Chat:
     max_new_tokens: int = 256
     history: list[Turn] = field(default_factory=list)
 
-    def answer(self, text: str) -> Iterator[str]:
-        """Pieces of the answer to `text` as they come; the turn is remembered once it is whole."""
+    def answer(self, text: str) -> Generator[str, None, None]:
+        """Pieces of the answer to `text` as they come. The turn is remembered, as far as it came where the answer is stopped."""
+        ids, room = self.prompt_ids(text)
+        end = self.engine.encoder.format.end
+        settings = Settings(room, self.temperature, stop=(end,) if end else (), strip=True, seed=len(self.history))
+        pieces: list[str] = []
+        try:
+            for piece in self.engine.stream(ids, settings):
+                pieces.append(piece)
+                yield piece
+        finally:
+            self.history.append(Turn(text, "".join(pieces)))
+
+    def prompt_ids(self, text: str) -> tuple[list[int], int]:
+        """Ids of the dialogue with `text` behind it, and how many new tokens there is room for; the oldest turns are forgotten first."""
         encoder = self.engine.encoder
         room = min(self.max_new_tokens, encoder.max_length // 2)
         ids, cut = encoder.prompt_ids(text, self.history, room=room)
-        while cut and self.history:  # the oldest turns are forgotten first
+        while cut and self.history:
             del self.history[0]
             ids, cut = encoder.prompt_ids(text, self.history, room=room)
-        stop = (encoder.format.end,) if encoder.format.end else ()
-        pieces = []
-        for piece in self.engine.stream(ids, Settings(room, self.temperature, stop=stop, strip=True)):
-            pieces.append(piece)
-            yield piece
-        self.history.append(Turn(text, "".join(pieces)))
-
-
-def run(chat: Chat, *, prompt: str | None = None, examples: bool = False) -> None:
-    """Answer one prompt, the examples, every line of a pipe, or a person."""
-    if prompt is not None:
-        _print_answer(chat, prompt)
-    elif examples:
-        for title, text in EXAMPLES:
-            print(f"# {title}\n{text}\n-> ", end="")
-            _print_answer(chat, text)
-            chat.history.clear()
-    elif not sys.stdin.isatty():
-        for line in sys.stdin:
-            if not _command(chat, line.strip()):
-                return
-    else:
-        _talk(chat)
-
-
-def _talk(chat: Chat) -> None:
-    console = Console(highlight=False)
-    source, format = chat.engine.loaded.source, chat.engine.loaded.format
-    console.print(f"{source.name} (format {format.name}); {HELP}", style="dim", markup=False)
-    while True:
-        try:
-            line = console.input("[bold]> [/bold]").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        try:
-            if not _command(chat, line):
-                return
-        except KeyboardInterrupt:  # stops the answer, not the program
-            print(" [stopped]")
-
-
-def _command(chat: Chat, line: str) -> bool:
-    """Do what a line says; False ends the chat."""
-    if line == "/exit":
-        return False
-    if line == "/reset":
-        chat.history.clear()
-        print("forgotten")
-    elif line == "/examples":
-        print("\n".join(f"{title}: {text}" for title, text in EXAMPLES))
-    elif line.startswith("/") and " " not in line:
-        print(HELP)
-    elif line:
-        _print_answer(chat, line)
-    return True
-
-
-def _print_answer(chat: Chat, text: str) -> None:
-    for piece in chat.answer(text):
-        print(piece, end="", flush=True)
-    print(flush=True)
+        return ids, room
