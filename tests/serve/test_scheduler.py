@@ -4,32 +4,15 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mtllama.model.engine import Branches, Engine
-from mtllama.model.find import find_model
 from mtllama.model.generation import Settings
-from mtllama.model.load import load_model
 from mtllama.serve.scheduler import BusyError, ClosedError, Limits, Scheduler, Update
 
 PATIENCE = 30.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def engine(pico: Path) -> Engine:
-    return Engine(load_model(find_model(str(pico)), dtype="float32"))
 
 
 @pytest.fixture

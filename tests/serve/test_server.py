@@ -1,86 +1,23 @@
 """The server over real HTTP, asked by real clients: OpenAI's SDK, curl, lm-eval, and some that misbehave."""
 
 import asyncio
-import contextlib
 import json
 import shutil
 import socket
 import subprocess
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import torch
+from served import PATIENCE, Served, run_server
 
 from mtllama import api
 from mtllama.data.prompt import Turn
 from mtllama.model.engine import Engine
-from mtllama.model.find import find_model
-from mtllama.model.load import load_model
 from mtllama.serve import app as app_module
 from mtllama.serve.scheduler import Limits
-from mtllama.serve.server import bind, start
-
-PATIENCE = 30.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def engine(pico: Path) -> Engine:
-    return Engine(load_model(find_model(str(pico)), dtype="float32"))
-
-
-@dataclass
-class Served:
-    url: str
-    engine: Engine
-
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=PATIENCE)
-
-    def metric(self, name: str) -> float:
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(name) and not line.startswith("#"))
-
-    def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", max_retries=0, timeout=PATIENCE, **{"api_key": "none", **options})
-
-
-@contextlib.contextmanager
-def run_server(engine: Engine, **options: Any) -> Iterator[Served]:
-    bound = bind("127.0.0.1", 0)
-    server = start(engine, bound, name="pico", **options)
-    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
-    thread.start()
-    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-    deadline = time.monotonic() + PATIENCE
-    while not server.started and time.monotonic() < deadline:
-        time.sleep(0.01)
-    try:
-        yield Served(url, engine)
-    finally:
-        server.should_exit = True
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def served(engine: Engine) -> Iterator[Served]:
-    with run_server(engine) as running:
-        yield running
 
 
 def greedy(served: Served, prompt: str, count: int) -> list[int]:
