@@ -872,8 +872,26 @@ def serve(
     max_queue: Annotated[int, typer.Option("--max-queue", metavar="N", min=1, help="Prompts that wait; beyond: status 429.")] = 128,
     max_seconds: Annotated[float, typer.Option("--max-seconds", metavar="S", min=0.1, help="Time limit of a request.")] = 120.0,
     cache_gb: Annotated[float, typer.Option("--cache-gb", metavar="GB", min=0.01, help="Memory for what runs together.")] = 1.0,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="NAME", help="mtllama, or vllm: check the folder and hand over to it.")
+    ] = "mtllama",
+    show: Annotated[bool, typer.Option("--print", help="With --engine vllm: only print its command line.")] = False,
 ) -> None:
-    """Serve a model over HTTP: OpenAI's completions and chat, /v1/score, /v1/tasks. Example: mtllama serve smollm2-135m --port 8000"""
+    """Serve a model over HTTP: OpenAI's completions and chat, /v1/score, /v1/tasks. Example: mtllama serve smollm2-135m --port 8000
+
+    On many GPUs: mtllama serve MODEL --engine vllm (--print shows the line).
+    """
+    if engine not in ("mtllama", "vllm") or (show and engine != "vllm"):
+        raise UserError(
+            f"--engine is {engine!r}; choose mtllama or vllm" if engine not in ("mtllama", "vllm") else "--print goes with --engine vllm"
+        )
+    if engine == "vllm":
+        from mtllama.model.find import find_model
+        from mtllama.serve.handover import hand_over, vllm_command
+
+        line = vllm_command(find_model(model, base, delta), host=host, port=port, name=name, dtype=_dtype(dtype))
+        hand_over(line, api_key=api_key, show=show)
+        return
     try:
         from mtllama.serve.server import bind
         from mtllama.serve.server import serve as run
@@ -883,8 +901,13 @@ def serve(
 
     wanted = _dtype(dtype)
     bound = bind(host, port)
-    engine = _chat_engine(model, base, delta, wanted, format)
-    run(engine, bound, name=name, api_key=api_key, limits=Limits(max_batch, max_queue, max_seconds, int(cache_gb * 2**30)))
+    run(
+        _chat_engine(model, base, delta, wanted, format),
+        bound,
+        name=name,
+        api_key=api_key,
+        limits=Limits(max_batch, max_queue, max_seconds, int(cache_gb * 2**30)),
+    )
 
 
 def _chat_engine(model: str | None, base: str | None, delta: str | None, dtype: Any, format: str | None) -> Any:

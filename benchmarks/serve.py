@@ -1,0 +1,244 @@
+"""Serving beside `transformers serve`: total tokens a second of one request after the other and of many at once, and time to first token.
+
+    python benchmarks/serve.py [--model smollm2-135m] [--requests 32] [--concurrent 16] [--new-tokens 64] [--out FILE]
+
+Every server runs in a process of its own, one at a time, on the same folder, in bf16, on a loopback port, and is asked over HTTP the same
+prompts of the embedded data through `/v1/completions`, greedy and streamed:
+
+mtllama              `mtllama serve`
+transformers         `transformers serve` with its defaults: one request after the other
+transformers, cb     `transformers serve --continuous-batching`, with blocks and tokens a batch given, since it has no defaults for a CPU
+
+`alone` is one request after the other; `together` keeps --concurrent requests under way. Tokens are counted from the text that came, by the
+model's own tokenizer, in the same way for all, so that a server that counts otherwise gains nothing. Time to first token runs from the start
+of a request to its first piece of text. How many of the texts that came together are those that came alone is told, too: in bf16 they need
+not be. The floor of a lone token is reading the weights once, at the rate at which this machine reads memory. A server that does not answer
+is told as such. The last line of the output is one JSON document.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import httpx
+import psutil
+
+from train import FailedError, hardware, say
+
+START, ANSWER = 180.0, 300.0
+"""Seconds that a server has to start, and to answer."""
+WARM = 2
+"""Requests before anything is timed."""
+BUFFER = 2**28
+"""Bytes that are read to measure memory."""
+
+
+@dataclass
+class Answered:
+    """One request's text and times (seconds)."""
+
+    text: str
+    first: float
+    whole: float
+    error: str | None = None
+    pieces: int = 0
+    began: float = field(default=0.0)
+
+
+def prompts(count: int) -> list[str]:
+    """Prompts of the embedded data, from short to some hundred words."""
+    from mtllama.tasks.catalog import catalog, load_rows, sampler_dir
+
+    found: list[str] = []
+    names = ("squad", "adversarial_qa_dbert", "sciq", "ag_news", "copa", "cos_e_v1.11", "xsum", "winogrande_xl")
+    for index in range(count):
+        task = catalog()[names[index % len(names)]] if names[index % len(names)] in catalog() else catalog()["squad"]
+        rows = load_rows(task, sampler_dir())
+        example = rows.render(index % len(rows.rows), task.template(None)) or rows.render(0, task.template(None))
+        found.append(" ".join(example.inputs.split()[:350]))
+    return found
+
+
+async def ask(client: httpx.AsyncClient, url: str, model: str, prompt: str, new_tokens: int) -> Answered:
+    body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": True}
+    began, first, text, pieces = time.perf_counter(), None, "", 0
+    try:
+        async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+            if answer.status_code != 200:
+                return Answered("", 0.0, 0.0, f"status {answer.status_code}: {(await answer.aread()).decode()[:200]}")
+            async for line in answer.aiter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    return Answered("", 0.0, 0.0, str(event["error"])[:200])
+                piece = "".join(choice.get("text") or "" for choice in event.get("choices", ()))
+                if piece:
+                    first, text, pieces = first or time.perf_counter(), text + piece, pieces + 1
+    except httpx.HTTPError as error:
+        return Answered("", 0.0, 0.0, f"{type(error).__name__}: {error}")
+    ended = time.perf_counter()
+    return Answered(text, (first or ended) - began, ended - began, None, pieces)
+
+
+async def load(url: str, model: str, asked: list[str], new_tokens: int, together: int) -> tuple[list[Answered], float]:
+    """All prompts, so many under way at a time; their answers and the seconds that all took."""
+    gate = asyncio.Semaphore(together)
+    async with httpx.AsyncClient(timeout=ANSWER, limits=httpx.Limits(max_connections=together + 2)) as client:
+
+        async def one(prompt: str) -> Answered:
+            async with gate:
+                return await ask(client, url, model, prompt, new_tokens)
+
+        began = time.perf_counter()
+        found = await asyncio.gather(*(one(prompt) for prompt in asked))
+        return list(found), time.perf_counter() - began
+
+
+def summary(found: list[Answered], seconds: float, tokenizer: Any) -> dict[str, Any]:
+    if errors := [each.error for each in found if each.error]:
+        raise FailedError(f"{len(errors)} of {len(found)} requests failed, such as: {errors[0]}")
+    tokens = sum(len(tokenizer(each.text, add_special_tokens=False).input_ids) for each in found)
+    firsts = sorted(each.first for each in found)
+    return {
+        "requests": len(found),
+        "tokens": tokens,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "first_token_seconds": {"median": round(statistics.median(firsts), 3), "p95": round(firsts[round(0.95 * (len(firsts) - 1))], 3)},
+        "median_seconds": round(statistics.median(each.whole for each in found), 3),
+    }
+
+
+def measured(
+    name: str, argv: list[str], model: str, asked: list[str], options: argparse.Namespace, tokenizer: Any, log: Path
+) -> dict[str, Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, began = f"http://127.0.0.1:{port}", time.perf_counter()
+    with log.open("w") as file:
+        process = subprocess.Popen([*argv, "--port", str(port)], stdout=file, stderr=file)
+    try:
+        while True:
+            try:
+                if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            if process.poll() is not None or time.perf_counter() - began > START:
+                raise FailedError(f"it did not start: {log.read_text()[-300:]}")
+            time.sleep(0.1)
+        started = time.perf_counter() - began
+        warm, _ = asyncio.run(load(url, model, asked[:WARM], 8, 1))
+        if warm[0].error:
+            raise FailedError(warm[0].error)
+        alone, seconds = asyncio.run(load(url, model, asked, options.new_tokens, 1))
+        result = {"start_seconds": round(started, 1), "alone": summary(alone, seconds, tokenizer)}
+        say(f"{name}, alone: {result['alone']}")
+        crowd, seconds = asyncio.run(load(url, model, asked, options.new_tokens, options.concurrent))
+        result["together"] = summary(crowd, seconds, tokenizer)
+        result["times_as_fast_together"] = round(result["together"]["tokens_per_second"] / result["alone"]["tokens_per_second"], 2)
+        result["same_text_as_alone"] = sum(a.text == b.text for a, b in zip(alone, crowd, strict=True))
+        result["resident_mb"] = round(psutil.Process(process.pid).memory_info().rss / 1e6)
+        say(f"{name}, together: {result['together']}")
+        return result
+    except FailedError as error:
+        say(f"{name}: {error}")
+        return {"failed": str(error)[:400]}
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def read_rate() -> float:
+    """Bytes a second that a product of a matrix with one row reads, the best of some."""
+    import torch
+
+    matrix, vector = torch.ones(BUFFER // 4 // 1024, 1024), torch.ones(1024)
+    times = []
+    for _ in range(8):
+        began = time.perf_counter()
+        torch.mv(matrix, vector)
+        times.append(time.perf_counter() - began)
+    return matrix.numel() * 4 / min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", metavar="MODEL")
+    parser.add_argument("--requests", type=int, default=32, metavar="N")
+    parser.add_argument("--concurrent", type=int, default=16, metavar="N")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--only", action="append", metavar="NAME", help="this server only; may be repeated")
+    parser.add_argument("--out", type=Path, metavar="FILE")
+    options = parser.parse_args()
+
+    from mtllama.model.find import find_model, load_tokenizer
+    from mtllama.weights.shards import CheckpointReader
+
+    folder = find_model(options.model).folder
+    reader, tokenizer = CheckpointReader(folder), load_tokenizer(folder)
+    num_bytes = sum(reader.info(name).num_bytes for name in reader)
+    rate, asked = read_rate(), prompts(options.requests)
+    lengths = [len(tokenizer(prompt).input_ids) for prompt in asked]
+    bin_dir = Path(sys.executable).parent
+    theirs = [str(bin_dir / "transformers"), "serve", str(folder), "--device", "cpu", "--dtype", "bfloat16"]
+    paged = [
+        "--continuous-batching",
+        "--cb-block-size",
+        "32",
+        "--cb-num-blocks",
+        "512",
+        "--cb-max-batch-tokens",
+        "1024",
+        "--no-cb-use-cuda-graph",
+    ]
+    servers = {
+        "mtllama": ([sys.executable, "-m", "mtllama", "serve", str(folder), "--dtype", "bfloat16", "--name", str(folder)], str(folder)),
+        "transformers": (theirs, str(folder)),
+        "transformers, cb": ([*theirs, *paged], str(folder)),
+    }
+    result: dict[str, Any] = {
+        "benchmark": "serve",
+        "hardware": hardware(),
+        "python": sys.version.split()[0],
+        "versions": {name: metadata.version(name).split("+")[0] for name in ("mtllama", "torch", "transformers", "fastapi", "uvicorn")},
+        "model": options.model,
+        "setting": {"requests": options.requests, "concurrent": options.concurrent, "new_tokens": options.new_tokens, "dtype": "bfloat16"},
+        "prompt_tokens": {"median": statistics.median(lengths), "longest": max(lengths), "sum": sum(lengths)},
+        "floor": {
+            "read_gb_per_second": round(rate / 1e9, 1),
+            "weights_mb": round(num_bytes / 1e6),
+            "lone_tokens_per_second": round(rate / num_bytes, 1),
+        },
+        "results": {},
+    }
+    for name, (argv, model) in servers.items():
+        if not options.only or name in options.only:
+            log = Path(os.environ.get("TMPDIR", "/tmp")) / f"mtllama-bench-{name.replace(', ', '-')}.log"
+            result["results"][name] = measured(name, argv, model, asked, options, tokenizer, log)
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The line that hands a folder over to vLLM, as a user types it."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def serve(*arguments: object, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": path or os.environ["PATH"]}
+    command = [sys.executable, "-m", "mtllama", "serve", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.fixture
+def folder(pico: Path, tmp_path: Path) -> Path:
+    shutil.copytree(pico, tmp_path / "my model")
+    return tmp_path / "my model"
+
+
+def test_the_line_is_printed_and_names_everything_that_training_left(folder: Path) -> None:
+    done = serve(folder, "--engine", "vllm", "--print", "--port", "9000", "--name", "tuned", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    line = shlex.split(done.stdout)
+    assert line[:3] == ["vllm", "serve", str(folder)]
+    options = dict(zip(line[3::2], line[4::2], strict=True))
+    assert options == {
+        "--served-model-name": "tuned", "--host": "127.0.0.1", "--port": "9000", "--dtype": "bfloat16",
+        "--generation-config": str(folder), "--max-model-len": "512",
+    }  # fmt: skip
+
+
+def test_a_vllm_that_is_installed_takes_over_and_finds_the_key_in_its_environment(folder: Path, tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], os.environ["VLLM_API_KEY"]]))\nsys.exit(7)\n'
+    )
+    program.chmod(0o755)
+    done = serve(folder, "--engine", "vllm", "--api-key", "secret", path=f"{program.parent}:{os.environ['PATH']}")
+    arguments, key = json.loads(done.stdout)
+    assert done.returncode == 7 and arguments[:2] == ["serve", str(folder)] and key == "secret" and "secret" not in arguments
+
+
+def test_a_folder_that_vllm_could_not_serve_is_told_in_one_line(folder: Path) -> None:
+    if shutil.which("vllm") is None:
+        done = serve(folder, "--engine", "vllm")
+        assert done.returncode == 2 and "vllm is not installed" in done.stderr and done.stderr.count("\n") == 1
+    (folder / "generation_config.json").unlink()
+    done = serve(folder, "--engine", "vllm", "--print")
+    assert done.returncode == 2 and "has no generation_config.json" in done.stderr
+    done = serve(folder, "--print")
+    assert done.returncode == 2 and "--print goes with --engine vllm" in done.stderr
+    assert "choose mtllama or vllm" in serve(folder, "--engine", "tgi").stderr
