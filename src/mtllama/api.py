@@ -8,6 +8,8 @@ m.score("Is fog wet?", ["Yes", "No"]).best.text
 m.run_task("copa", premise="The candle went out.", question="cause", choice1="I blew on it", choice2="I lit it").answer
 """
 
+import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -251,3 +253,11 @@ def ask(task: Task, template: Template, fields: Mapping[str, Any]) -> Question:
     if unknown := sorted(set(fields) - set(task.columns) - set(template.fields)):
         raise UserError(f"{task.name} has no field {unknown[0]}; template '{template.name}' asks for {', '.join(template.fields)}")
     return template.ask(fields, task=task.name)
+
+
+def field_value(text: str) -> Any:
+    """A field that somebody typed: a list or an object where it is JSON of one, else the text."""
+    if text.lstrip()[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text)
+    return text

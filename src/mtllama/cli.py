@@ -872,6 +872,12 @@ def serve(
     max_queue: Annotated[int, typer.Option("--max-queue", metavar="N", min=1, help="Prompts that wait; beyond: status 429.")] = 128,
     max_seconds: Annotated[float, typer.Option("--max-seconds", metavar="S", min=0.1, help="Time limit of a request.")] = 120.0,
     cache_gb: Annotated[float, typer.Option("--cache-gb", metavar="GB", min=0.01, help="Memory for what runs together.")] = 1.0,
+    compare: Annotated[
+        str | None, typer.Option("--compare", metavar="MODEL", help="A second model, such as the base: the page shows its answers beside.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option("--report", metavar="DIR", help="A report's folder, to be shown on the page.")] = None,
+    data_dir: DataDir = Path("sampler"),
+    no_page: Annotated[bool, typer.Option("--no-page", help="Only the interface for programs.")] = False,
     engine: Annotated[
         str, typer.Option("--engine", metavar="NAME", help="mtllama, or vllm: check the folder and hand over to it.")
     ] = "mtllama",
@@ -893,21 +899,28 @@ def serve(
         hand_over(line, api_key=api_key, show=show)
         return
     try:
-        from mtllama.serve.server import bind
+        from mtllama.serve.server import PageSettings, bind
         from mtllama.serve.server import serve as run
     except ImportError as error:
         raise UserError(f"serving needs packages that are not installed ({error.name}); pip install 'mtllama[serve]'") from error
+    from importlib.util import find_spec
+
+    from mtllama.progress import say
     from mtllama.serve.scheduler import Limits
 
-    wanted = _dtype(dtype)
+    wanted, has_page = _dtype(dtype), not no_page and find_spec("gradio") is not None
+    if not has_page and (compare or report):
+        raise UserError("--compare and --report are for the page, which needs gradio: pip install 'mtllama[page]', and no --no-page")
     bound = bind(host, port)
-    run(
-        _chat_engine(model, base, delta, wanted, format),
-        bound,
-        name=name,
-        api_key=api_key,
-        limits=Limits(max_batch, max_queue, max_seconds, int(cache_gb * 2**30)),
+    loaded = _chat_engine(model, base, delta, wanted, format)
+    if not (has_page or no_page):
+        say("no page: it needs gradio (pip install 'mtllama[page]')")
+    page = (
+        PageSettings(_chat_engine(compare, None, None, wanted, format) if compare else None, report, data_dir or Path("sampler"))
+        if has_page
+        else None
     )
+    run(loaded, bound, name=name, api_key=api_key, limits=Limits(max_batch, max_queue, max_seconds, int(cache_gb * 2**30)), page=page)
 
 
 def _chat_engine(model: str | None, base: str | None, delta: str | None, dtype: Any, format: str | None) -> Any:

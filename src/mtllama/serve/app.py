@@ -7,7 +7,7 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -36,6 +36,7 @@ RETRY_AFTER = 1
 """Seconds after which a client is told to try again."""
 CHAT_TOKENS = 512
 """New tokens at most where a chat does not say how many; fewer where the context ends."""
+INTERFACE = ("/v1", "/metrics", "/openapi.json")
 DONE = "data: [DONE]\n\n"
 
 
@@ -71,15 +72,21 @@ class _Refused(Exception):
         return JSONResponse(self.content, self.status, headers)
 
 
-def make_app(scheduler: Scheduler, *, name: str, api_key: str | None = None) -> FastAPI:
-    """The application around a scheduler, which it starts and closes."""
+def make_app(
+    scheduler: Scheduler, *, name: str, api_key: str | None = None, others: Sequence[Scheduler] = (), page: bool = False
+) -> FastAPI:
+    """The application around a scheduler, which (with `others`) it starts and closes. With a `page` the key guards the interface alone:
+    the page has a log-in of its own.
+    """
     serving = Serving(scheduler, name, Metrics(scheduler), int(time.time()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        scheduler.start()
+        for each in (scheduler, *others):
+            each.start()
         yield
-        await run_in_threadpool(scheduler.close)
+        for each in (scheduler, *others):
+            await run_in_threadpool(each.close)
 
     app = FastAPI(title="mtllama", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.serving = serving
@@ -90,7 +97,7 @@ def make_app(scheduler: Scheduler, *, name: str, api_key: str | None = None) -> 
     # The last one added is the first that a request meets.
     app.add_middleware(_Bounded)
     if api_key:
-        app.add_middleware(_Guarded, api_key=api_key)
+        app.add_middleware(_Guarded, api_key=api_key, page=page)
     app.add_middleware(_Measured, metrics=serving.metrics)
     return app
 
@@ -627,11 +634,11 @@ class _Measured:
 class _Guarded:
     """Lets nobody in without the key, but for `/health`."""
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self.app, self.wanted = app, f"Bearer {api_key}".encode()
+    def __init__(self, app: ASGIApp, api_key: str, page: bool) -> None:
+        self.app, self.wanted, self.page = app, f"Bearer {api_key}".encode(), page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
+        if scope["type"] == "http" and self._guards(scope["path"]):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self.wanted):
                 answer = _Refused(
@@ -640,6 +647,9 @@ class _Guarded:
                 answer.headers["WWW-Authenticate"] = "Bearer"
                 return await answer(scope, receive, send)
         await self.app(scope, receive, send)
+
+    def _guards(self, path: str) -> bool:
+        return path.startswith(INTERFACE) if self.page else path != "/health"
 
 
 class _Bounded:

@@ -4,10 +4,11 @@ Every round reads what is to be scored (up to a pass), then the prompts of new r
 and then goes on by one token in all that run. A request that is done, cancelled or out of time leaves its slot at once.
 """
 
+import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -185,6 +186,22 @@ class Scheduler:
             self._waiting += sequences
             self._changed.notify()
         return ticket
+
+    def stream(self, prompt: list[int], settings: Settings) -> Iterator[str]:
+        """The text of one continuation in pieces, for a thread that waits for it; closing the iterator frees the slot."""
+        updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
+        ticket = self.generate([prompt], [settings], updates.put)
+        try:
+            while True:
+                update = updates.get()
+                if update.error:
+                    raise update.error
+                if update.text:
+                    yield update.text
+                if update.last:
+                    return
+        finally:
+            ticket.cancel()
 
     def score(self, items: Sequence[Branches], *, top: int = 0) -> tuple[Ticket, "Future[list[list[Scored]]]"]:
         """Score answers behind prompts, as `Engine.judge` does. Raises as `generate` does."""

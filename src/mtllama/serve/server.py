@@ -1,6 +1,8 @@
 """A model -> a server on a port, until it is told to stop."""
 
 import socket
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -18,12 +20,13 @@ GRACE = 10.0
 class _Server(uvicorn.Server):
     """Tells the scheduler at once that the end has come: it takes nothing on any more, and what runs ends in time."""
 
-    def __init__(self, config: uvicorn.Config, scheduler: Scheduler) -> None:
+    def __init__(self, config: uvicorn.Config, schedulers: tuple[Scheduler, ...]) -> None:
         super().__init__(config)
-        self.scheduler = scheduler
+        self.schedulers = schedulers
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.scheduler.retire(0.0 if self.should_exit else GRACE)
+        for scheduler in self.schedulers:
+            scheduler.retire(0.0 if self.should_exit else GRACE)
         super().handle_exit(sig, frame)
 
 
@@ -40,26 +43,55 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+@dataclass(frozen=True)
+class PageSettings:
+    """What the page shows besides the model."""
+
+    other: Engine | None = None
+    """A second model, whose answers stand beside the first one's."""
+    report: Path | None = None
+    data_dir: Path = Path("sampler")
+    """Where random examples come from."""
+
+
 def start(
-    engine: Engine, bound: socket.socket, *, name: str | None = None, api_key: str | None = None, limits: Limits | None = None
+    engine: Engine,
+    bound: socket.socket,
+    *,
+    name: str | None = None,
+    api_key: str | None = None,
+    limits: Limits | None = None,
+    page: PageSettings | None = None,
 ) -> uvicorn.Server:
-    """A server on a socket, ready to `run([bound])`."""
-    scheduler = Scheduler(engine, limits)
-    app = make_app(scheduler, name=name or engine.loaded.source.name, api_key=api_key)
+    """A server on a socket, ready to `run([bound])`; with a page, if settings for it are given."""
+    scheduler, name = Scheduler(engine, limits), name or engine.loaded.source.name
+    other = Scheduler(page.other, limits) if page and page.other else None
+    schedulers = (scheduler, other) if other else (scheduler,)
+    app = make_app(scheduler, name=name, api_key=api_key, others=schedulers[1:], page=page is not None)
+    if page:
+        from mtllama.serve.page import Page, Shown, mount
+
+        beside = Shown(other.engine.loaded.source.name, other) if other else None
+        mount(app, Page(Shown(name, scheduler), beside, page.report, page.data_dir, engine.loaded.source.delta), password=api_key)
     bound.listen()
-    return _Server(
-        uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=int(GRACE) + 5, server_header=False
-        ),
-        scheduler,
-    )
+    grace = int(GRACE) + 5
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=grace, server_header=False)
+    return _Server(config, schedulers)
 
 
 def serve(
-    engine: Engine, bound: socket.socket, *, name: str | None = None, api_key: str | None = None, limits: Limits | None = None
+    engine: Engine,
+    bound: socket.socket,
+    *,
+    name: str | None = None,
+    api_key: str | None = None,
+    limits: Limits | None = None,
+    page: PageSettings | None = None,
 ) -> None:
     """Serve on a socket until a signal ends it; says where, once requests can come."""
     host, port = bound.getsockname()[:2]
-    server = start(engine, bound, name=name, api_key=api_key, limits=limits)
-    say(f"{name or engine.loaded.source.name} is served at http://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends it)")
+    server = start(engine, bound, name=name, api_key=api_key, limits=limits, page=page)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    where = f"{address}/v1, its page at {address}" if page else f"{address}/v1"
+    say(f"{name or engine.loaded.source.name} is served at {where} (Ctrl-C ends it)")
     server.run([bound])

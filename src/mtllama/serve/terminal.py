@@ -1,7 +1,6 @@
 """Chat in a terminal or over a pipe: lines that are asked, and commands that begin with a slash."""
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -148,21 +147,13 @@ def _task(dialogue: _Dialogue, rest: str) -> None:
         value = dialogue.read(f"{each}: ").strip()
         if len(value) > MAX_FIELD:
             raise UserError(f"{each} has {len(value):,} characters; at most {MAX_FIELD:,} are read")
-        values[each] = _value(value)
+        values[each] = api.field_value(value)
     model = api.Model(dialogue.chat.engine)
     answer = model.run_task(task.name, template=chosen.name, **values)
     print(f"{answer.prompt}\n-> {answer.answer}")
     if answer.scores:
         for choice, chance in zip(answer.scores.choices, answer.scores.probabilities, strict=True):
             print(f"{chance:7.1%} {'#' * round(chance * 20):20} {choice.text}")
-
-
-def _value(text: str) -> object:
-    """A list or an object where it is JSON of one; else the text."""
-    if text[:1] in ("[", "{"):
-        with contextlib.suppress(ValueError):
-            return json.loads(text)
-    return text
 
 
 def _model(dialogue: _Dialogue, rest: str) -> None:

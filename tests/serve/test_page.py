@@ -1,0 +1,186 @@
+"""The page in a real browser: a task asked of two models, a chat, a report, what the model is; nothing is loaded from elsewhere."""
+
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from served import PATIENCE, Served, run_server
+
+from mtllama import api
+from mtllama.errors import UserError
+from mtllama.model.engine import Engine
+from mtllama.model.find import find_model
+from mtllama.model.load import load_model
+from mtllama.serve.server import PageSettings, bind, start
+from mtllama.tasks.catalog import catalog, load_rows, sampler_dir
+
+sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("gradio")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+WAIT = 1000 * PATIENCE
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "report.html").write_text("<!doctype html><title>r</title><h1>Zero-shot evaluation</h1>")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(pico: Path) -> Engine:
+    return Engine(load_model(find_model(str(pico)), dtype="bfloat16", format="plain"))
+
+
+@pytest.fixture(scope="module")
+def paged(engine: Engine, other: Engine, report: Path) -> Iterator[Served]:
+    with run_server(engine, page=PageSettings(other, report)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture(params=SIZES)
+def page(request: pytest.FixtureRequest, browser: Any, paged: Served) -> Iterator[Any]:
+    """The page, opened; at the end nothing came from elsewhere and nothing went wrong in it."""
+    width, height = SIZES[request.param]
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme="dark" if width < 500 else "light")
+    opened, strangers, faults = context.new_page(), [], []
+    opened.on("request", lambda asked: None if asked.url.startswith((paged.url, "data:", "blob:")) else strangers.append(asked.url))
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.goto(paged.url, wait_until="domcontentloaded")
+    opened.get_by_role("button", name="Random example").wait_for(timeout=WAIT)
+    yield opened
+    context.close()
+    assert not strangers and not faults
+
+
+def test_a_task_is_filled_in_and_asked_of_both_models(page: Any, paged: Served, other: Engine) -> None:
+    field = page.locator("#field-0 textarea")
+    assert field.input_value() == ""
+    page.get_by_role("button", name="Random example").click()
+    wait_for(lambda: field.input_value() != "")
+    values = {
+        name: page.locator(f"#field-{i} textarea").input_value() for i, name in enumerate(("premise", "question", "choice1", "choice2"))
+    }
+    rows = load_rows(catalog()["copa"], sampler_dir()).rows
+    assert any(all(row[name] == value for name, value in values.items()) for row in rows)
+    page.get_by_role("button", name="Ask").click()
+    page.locator("#answer-1 .choices .bar").first.wait_for(timeout=WAIT)
+    for number, engine in enumerate((paged.engine, other)):
+        told = api.Model(engine).run_task("copa", **values)
+        assert told.scores is not None
+        shown = page.locator(f"#answer-{number}").inner_text()
+        assert told.answer in shown
+        assert sorted(re.findall(r"[\d.]+%", shown)) == sorted(f"{chance:.1%}" for chance in told.scores.probabilities)
+    assert page.locator("#prompt textarea").input_value() == api.Model(paged.engine).run_task("copa", **values).prompt
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_other_data_sets_bring_their_own_fields_and_a_missing_one_is_told(page: Any) -> None:
+    choose(page, "Family", "Extractive QA")
+    wait_for(lambda: page.get_by_label("Data set").input_value() != "copa")
+    choose(page, "Data set", "squad")
+    wait_for(lambda: page.locator("#field-0").inner_text().strip() in ("question", "context"))
+    wait_for(lambda: page.locator("#field-2").count() == 0 or not page.locator("#field-2").is_visible())
+    page.locator("#field-0 textarea").fill("Where is Paris?")
+    page.locator("#field-1 textarea").fill("Paris is in France.")
+    page.get_by_role("button", name="Ask").click()
+    wait_for(lambda: "Where is Paris?" in page.locator("#prompt textarea").input_value())
+    assert page.locator("#answer-0 .answer").count() == 1 and page.locator("#answer-0 .choices").count() == 0
+    choose(page, "Family", "Sentence completion")
+    wait_for(lambda: page.locator("#field-3").count() == 1 and page.locator("#field-3").is_visible())
+    page.get_by_role("button", name="Ask").click()
+    page.get_by_text("there are no two different choices").first.wait_for(timeout=WAIT)
+
+
+def test_a_chat_streams_and_is_stopped_and_forgotten(page: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch, paged: Served) -> None:
+    step = engine.step
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.05)
+        return step(*args)
+
+    monkeypatch.setattr(engine, "step", slow)
+    page.get_by_role("tab", name="Chat").click()
+    page.locator("#say textarea").fill("Is fog wet?")
+    page.get_by_role("spinbutton").fill("2")
+    page.get_by_role("spinbutton").press("Tab")
+    page.get_by_role("button", name="Send").click()
+    page.locator(".bot").first.wait_for(timeout=WAIT)
+    before = page.locator(".bot").last.inner_text()
+    wait_for(lambda: page.locator(".bot").last.inner_text() != before or paged.metric("mtllama_running") == 0)
+    page.get_by_role("button", name="Stop").click()
+    wait_for(lambda: paged.metric("mtllama_running") == 0)
+    assert page.locator(".user").count() >= 1 and page.locator("#say textarea").input_value() == ""
+    page.get_by_role("button", name="Reset", exact=True).click()
+    wait_for(lambda: page.locator(".bot").count() == 0)
+
+
+def test_report_and_model_are_shown(page: Any, paged: Served) -> None:
+    page.get_by_role("tab", name="Report").click()
+    page.frame_locator("iframe.report").get_by_role("heading", name="Zero-shot evaluation").wait_for(timeout=WAIT)
+    page.get_by_role("tab", name="Model").click()
+    about = page.locator(".about").last
+    about.wait_for(timeout=WAIT)
+    text = about.inner_text()
+    assert f"{paged.engine.describe()['parameters']:,}" in text and "prompt format" in text and "mtllama" in text and "plain" in text
+
+
+def test_with_a_key_the_page_has_a_log_in_and_the_interface_its_key(engine: Engine, browser: Any, report: Path) -> None:
+    with run_server(engine, api_key="secret", page=PageSettings(report=report)) as served:
+        assert httpx.get(f"{served.url}/v1/models").status_code == httpx.get(f"{served.url}/metrics").status_code == 401
+        assert (
+            httpx.get(f"{served.url}/config").status_code == 401 and httpx.get(f"{served.url}/report-files/report.html").status_code != 200
+        )
+        opened = browser.new_page()
+        opened.goto(served.url, wait_until="domcontentloaded")
+        opened.get_by_label("username").fill("mtllama")
+        opened.get_by_label("password").fill("secret")
+        opened.get_by_role("button", name="Login").click()
+        opened.get_by_role("button", name="Random example").wait_for(timeout=WAIT)
+        opened.close()
+
+
+def test_a_folder_without_a_report_is_told(engine: Engine, tmp_path: Path) -> None:
+    with bind("127.0.0.1", 0) as bound, pytest.raises(UserError, match=r"has no report\.html; make it: mtllama report"):
+        start(engine, bound, page=PageSettings(report=tmp_path))
+
+
+def test_the_page_serves_no_file_but_its_own(paged: Served) -> None:
+    assert httpx.get(paged.url).status_code == 200
+    for path in (
+        "/file=/etc/hosts",
+        "/gradio_api/file=/etc/hosts",
+        "/report-files/../../etc/hosts",
+        "/report-files/%2e%2e/%2e%2e/etc/hosts",
+    ):
+        answer = httpx.get(f"{paged.url}{path}")
+        assert answer.status_code in (403, 404) and "localhost" not in answer.text
+
+
+def choose(page: Any, label: str, value: str) -> None:
+    page.get_by_label(label, exact=True).click()
+    page.get_by_role("option", name=value, exact=True).first.click()
+
+
+def wait_for(true: Any) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline and threading.main_thread().is_alive()
+        time.sleep(0.05)
