@@ -131,7 +131,9 @@ def _task_tab(page: Page) -> None:
             origin = gr.Markdown("", elem_classes="muted")
         with gr.Column():
             answers = [gr.HTML(_nothing(each), label=each.name, elem_id=f"answer-{i}") for i, each in enumerate(page.shown)]
-            prompt = gr.Textbox(label="The exact prompt", lines=6, interactive=False, elem_id="prompt", elem_classes="prompt", buttons=["copy"])
+            prompt = gr.Textbox(
+                label="The exact prompt", lines=6, interactive=False, elem_id="prompt", elem_classes="prompt", buttons=["copy"]
+            )
 
     def by_family(chosen: str) -> Any:
         names = _names(chosen)
