@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from mtllama.data.prompt import find_format
 from mtllama.model import engine as engine_module
-from mtllama.model.engine import Branches, Engine
+from mtllama.model.engine import Branches, Engine, Scored
 from mtllama.model.find import ModelFolder, find_model
 from mtllama.model.generation import Settings
 from mtllama.model.load import LoadedModel, load_model
@@ -122,9 +122,9 @@ def test_scores_depend_on_neither_order_nor_company_nor_batch_size(bpe_engine: E
     passes: list[int] = []
     score_pass = Engine._score_pass
 
-    def counted(self: Engine, group: Sequence[Branches]) -> Scores:
+    def counted(self: Engine, group: Sequence[Branches], top: int) -> list[list[Scored]]:
         passes[-1] += 1
-        return score_pass(self, group)
+        return score_pass(self, group, top)
 
     monkeypatch.setattr(Engine, "_score_pass", counted)
     for tokens in (1, 200, 400, 100_000):

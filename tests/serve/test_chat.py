@@ -150,11 +150,22 @@ def test_a_path_is_a_prompt_and_no_command(chat: Chat, monkeypatch: pytest.Monke
     assert [turn.inputs for turn in chat.history] == ["/etc/hosts is what?"] and not capsys.readouterr().err
 
 
+SLOW = """
+import time
+from mtllama.cli import main
+from mtllama.model.engine import Engine
+step = Engine.step
+Engine.step = lambda *arguments: (time.sleep(0.05), step(*arguments))[1]
+main()
+"""
+"""The command line, with a model that takes its time."""
+
+
 def test_in_a_terminal_ctrl_c_stops_the_answer_and_a_pasted_text_is_one_prompt(pico: Path, tmp_path: Path) -> None:
     """A real terminal (a pseudo one), with a model that would go on for long."""
     leader, follower = pty.openpty()
     environment = {**os.environ, "MTLLAMA_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-    command = [sys.executable, "-m", "mtllama", "chat", str(pico), "--temperature", "5", "--max-new-tokens", "400"]
+    command = [sys.executable, "-c", SLOW, "chat", str(pico), "--temperature", "5", "--max-new-tokens", "400"]
     process = subprocess.Popen(
         command, stdin=follower, stdout=follower, stderr=follower, env=environment, start_new_session=True, close_fds=True
     )
@@ -175,8 +186,8 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_a_pasted_text_is_one_prompt(p
         until(b"?2004h")  # the line editor reads
         os.write(leader, b"\x1b[200~one\ntwo\x1b[201~\r")  # as a terminal tells of a paste
         start = len(heard)
-        until(b"\n", start)
-        time.sleep(0.3)
+        until(b"?2004l", start)  # the line was taken, the answer begins
+        time.sleep(1)
         os.kill(process.pid, signal.SIGINT)
         until(b"[stopped]", start)
         place = len(heard)
