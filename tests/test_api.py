@@ -1,6 +1,5 @@
 """The package as Python sees it: generate, score, run a task."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,6 @@ from mtllama.api import Model
 from mtllama.errors import UserError
 from mtllama.tasks.catalog import catalog, load_rows, sampler_dir
 from mtllama.tasks.template import Template
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -887,10 +887,10 @@ def serve(
 
     On many GPUs: mtllama serve MODEL --engine vllm (--print shows the line).
     """
-    if engine not in ("mtllama", "vllm") or (show and engine != "vllm"):
-        raise UserError(
-            f"--engine is {engine!r}; choose mtllama or vllm" if engine not in ("mtllama", "vllm") else "--print goes with --engine vllm"
-        )
+    if engine not in ("mtllama", "vllm"):
+        raise UserError(f"--engine is {engine!r}; choose mtllama or vllm")
+    if show and engine != "vllm":
+        raise UserError("--print goes with --engine vllm")
     if engine == "vllm":
         from mtllama.model.find import find_model
         from mtllama.serve.handover import hand_over, vllm_command
@@ -899,8 +899,7 @@ def serve(
         hand_over(line, api_key=api_key, show=show)
         return
     try:
-        from mtllama.serve.server import PageSettings, bind
-        from mtllama.serve.server import serve as run
+        from mtllama.serve import server
     except ImportError as error:
         raise UserError(f"serving needs packages that are not installed ({error.name}); pip install 'mtllama[serve]'") from error
     from importlib.util import find_spec
@@ -911,16 +910,15 @@ def serve(
     wanted, has_page = _dtype(dtype), not no_page and find_spec("gradio") is not None
     if not has_page and (compare or report):
         raise UserError("--compare and --report are for the page, which needs gradio: pip install 'mtllama[page]', and no --no-page")
-    bound = bind(host, port)
-    loaded = _chat_engine(model, base, delta, wanted, format)
-    if not (has_page or no_page):
+    bound = server.bind(host, port)
+    loaded, page = _chat_engine(model, base, delta, wanted, format), None
+    if has_page:
+        other = _chat_engine(compare, None, None, wanted, format) if compare else None
+        page = server.PageSettings(other, report, data_dir or Path("sampler"))
+    elif not no_page:
         say("no page: it needs gradio (pip install 'mtllama[page]')")
-    page = (
-        PageSettings(_chat_engine(compare, None, None, wanted, format) if compare else None, report, data_dir or Path("sampler"))
-        if has_page
-        else None
-    )
-    run(loaded, bound, name=name, api_key=api_key, limits=Limits(max_batch, max_queue, max_seconds, int(cache_gb * 2**30)), page=page)
+    limits = Limits(max_batch, max_queue, max_seconds, int(cache_gb * 2**30))
+    server.serve(server.start(loaded, bound, name=name, api_key=api_key, limits=limits, page=page), bound)
 
 
 def _chat_engine(model: str | None, base: str | None, delta: str | None, dtype: Any, format: str | None) -> Any:

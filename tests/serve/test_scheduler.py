@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from mtllama.model.engine import Branches, Engine
 from mtllama.model.generation import Settings
+from mtllama.model.packed import Cache
 from mtllama.serve.scheduler import BusyError, ClosedError, Limits, Scheduler, Update
 
 PATIENCE = 30.0
@@ -241,3 +243,40 @@ def test_an_idle_scheduler_holds_no_keys_and_values(engine: Engine, scheduler: C
     while running._cache is not None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert running._cache is None and running.load.generated_tokens > 0
+
+
+def test_whoever_stops_waiting_at_any_moment_does_no_harm(engine: Engine, scheduler: Callable[..., Scheduler]) -> None:
+    running = scheduler()
+    for _ in range(30):
+        ticket, future = running.score([Branches([5, 6], [[7], [8, 9]])] * 3)
+        future.cancel()  # as an event loop does it, before the ticket is told
+        ticket.cancel()
+    assert running.score([Branches([5, 6], [[7]])])[1].result(PATIENCE) and running.alive
+
+
+def test_what_cannot_be_drawn_from_and_memory_that_is_not_there_fail_alone(
+    engine: Engine, scheduler: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, ears = scheduler(), [Ear(2), Ear()]
+    begin = engine.begin
+
+    def no_numbers(prompts: list[list[int]], cache: Any) -> torch.Tensor:
+        logits = begin(prompts, cache)
+        logits[[row for row, prompt in enumerate(prompts) if prompt == [6]]] = torch.nan
+        return logits
+
+    monkeypatch.setattr(engine, "begin", no_numbers)
+    running.generate([[5], [6]], [Settings(20, temperature=1.0)] * 2, ears[0])
+    ears[0].wait()
+    assert ears[0].updates[0][-1].reason and isinstance(ears[0].updates[1][-1].error, RuntimeError)
+    monkeypatch.setattr(Cache, "resized", no_memory)
+    running.generate([[5]], [Settings(20)], ears[1])
+    assert isinstance(ears[1].wait().updates[0][-1].error, MemoryError)
+    monkeypatch.undo()
+    after = Ear()
+    running.generate([[5]], [Settings(20)], after)
+    assert after.wait().tokens() == engine.continue_ids([[5]], max_new_tokens=20)[0]
+
+
+def no_memory(cache: Cache, slots: int, width: int) -> Cache:
+    raise MemoryError("no room")

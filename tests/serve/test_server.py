@@ -15,8 +15,9 @@ from served import PATIENCE, Served, run_server
 
 from mtllama import api
 from mtllama.data.prompt import Turn
+from mtllama.evaluate.endpoint import Endpoint
 from mtllama.model.engine import Engine
-from mtllama.serve import app as app_module
+from mtllama.serve import guards
 from mtllama.serve.scheduler import Limits
 
 
@@ -207,7 +208,7 @@ def test_a_body_that_is_no_json_or_too_large_is_refused(served: Served, monkeypa
     assert answer.status_code == 400 and answer.json()["error"]["message"]
     answer = httpx.post(f"{served.url}/v1/completions", content=b"\xff\xfe", headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
-    monkeypatch.setattr(app_module, "MAX_BODY", 1000)
+    monkeypatch.setattr(guards, "MAX_BODY", 1000)
     answer = served.post("/v1/completions", prompt="x" * 2000)
     assert answer.status_code == 413 and "larger than 1000 bytes" in answer.json()["error"]["message"]
     assert httpx.get(f"{served.url}/nothing").status_code == 404 and httpx.get(f"{served.url}/v1/score").status_code == 405
@@ -321,3 +322,14 @@ def test_lm_eval_gets_the_offline_numbers(served: Served) -> None:
         ((scored,),) = served.engine.judge([api.Branches(ids, [whole[len(ids) :]])])
         assert logprob == pytest.approx(sum(scored.log_probs), abs=1e-3) and is_greedy == scored.greedy
     assert len({logprob for logprob, _ in found}) == 4
+
+
+def test_an_evaluation_over_this_server_gives_the_engine_s_numbers(served: Served) -> None:
+    source = served.engine.loaded.source
+    there = Endpoint(f"{served.url}/v1", source, model="pico", format=served.engine.loaded.format.name)
+    prompts = [served.engine.encoder.whole_prompt_ids(text) for text in ("Is fog wet?", "One", "Name a colour.")]
+    items = [api.Branches(prompt, [served.engine.encoder.answer_ids(text) for text in ("Yes", "No", "It depends")]) for prompt in prompts]
+    for ours, theirs in zip(there.score(items), served.engine.score(items), strict=True):
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine == pytest.approx(other, abs=1e-4)
+    assert there.generate(prompts, max_new_tokens=12) == served.engine.generate(prompts, max_new_tokens=12)

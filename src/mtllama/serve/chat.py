@@ -3,9 +3,9 @@
 from collections.abc import Generator
 from dataclasses import dataclass, field
 
+from mtllama import api
 from mtllama.data.prompt import Turn
 from mtllama.model.engine import Engine
-from mtllama.model.generation import Settings
 
 EXAMPLES = (
     (
@@ -39,12 +39,14 @@ class Chat:
     temperature: float = 0.0
     max_new_tokens: int = 256
     history: list[Turn] = field(default_factory=list)
+    last_ids: list[int] = field(default_factory=list)
+    """What the model read before its last answer."""
 
     def answer(self, text: str) -> Generator[str, None, None]:
         """Pieces of the answer to `text` as they come. The turn is remembered, as far as it came where the answer is stopped."""
         ids, room = self.prompt_ids(text)
-        end = self.engine.encoder.format.end
-        settings = Settings(room, self.temperature, stop=(end,) if end else (), strip=True, seed=len(self.history))
+        self.last_ids = ids
+        settings = api.answer_settings(self.engine, room, temperature=self.temperature, seed=len(self.history))
         pieces: list[str] = []
         try:
             for piece in self.engine.stream(ids, settings):

@@ -18,7 +18,7 @@ from fastapi.staticfiles import StaticFiles
 from mtllama import api
 from mtllama.data.prompt import Turn
 from mtllama.errors import MissingDataError, UserError
-from mtllama.model.generation import Settings
+from mtllama.serve.chat import Chat
 from mtllama.serve.scheduler import BusyError, ClosedError, Scheduler
 from mtllama.tasks.catalog import Task, catalog, data_folder, load_rows
 from mtllama.weights import info
@@ -135,13 +135,14 @@ def _task_tab(page: Page) -> None:
                 label="The exact prompt", lines=6, interactive=False, elem_id="prompt", elem_classes="prompt", buttons=["copy"]
             )
 
-    def by_family(chosen: str) -> Any:
+    # Each choice brings all that hangs on it in one answer, so that no later one takes away what was typed meanwhile.
+    def by_family(chosen: str) -> list[Any]:
         names = _names(chosen)
-        return gr.update(choices=names, value=names[0])
+        return [gr.update(choices=names, value=names[0]), *by_name(names[0])]
 
-    def by_name(chosen: str) -> Any:
+    def by_name(chosen: str) -> list[Any]:
         prompts = [each.name for each in catalog()[chosen].prompts]
-        return gr.update(choices=prompts, value=prompts[0])
+        return [gr.update(choices=prompts, value=prompts[0]), *by_template(chosen, prompts[0])]
 
     def by_template(chosen: str, prompt_name: str) -> list[Any]:
         fields = catalog()[chosen].template(prompt_name).fields
@@ -166,9 +167,8 @@ def _task_tab(page: Page) -> None:
             raise gr.Error(str(error)) from error
         return [*told, page.model.scheduler.engine.encoder.prompt_text(question.inputs)]
 
-    # What is typed stays where only the prompt changes to one with the same fields.
-    family.input(by_family, family, name).then(by_name, name, template).then(by_template, [name, template], boxes)
-    name.input(by_name, name, template).then(by_template, [name, template], boxes)
+    family.input(by_family, family, [name, template, *boxes])
+    name.input(by_name, name, [template, *boxes])
     template.input(by_template, [name, template], boxes)
     load.click(example, [name, template], [*boxes, origin])
     ask.click(answer, [name, template, *boxes], [*answers, prompt], api_name="ask", concurrency_limit=8)
@@ -248,12 +248,8 @@ def _chat_tab(model: Shown) -> None:
         texts = [_text(turn["content"]) for turn in turns]
         history = [Turn(user, assistant) for user, assistant in zip(texts[:-1:2], texts[1::2], strict=False)]
         engine, answer = model.scheduler.engine, ""
-        room = min(MAX_TOKENS, engine.encoder.max_length // 2)
-        ids, cut = engine.encoder.prompt_ids(texts[-1], history, room=room)
-        while cut and history:  # the oldest turns are forgotten first
-            del history[0]
-            ids, cut = engine.encoder.prompt_ids(texts[-1], history, room=room)
-        settings: Settings = api.answer_settings(engine, room, temperature=warmth, seed=random.getrandbits(32))
+        ids, room = Chat(engine, max_new_tokens=MAX_TOKENS, history=history).prompt_ids(texts[-1])
+        settings = api.answer_settings(engine, room, temperature=warmth, seed=random.getrandbits(32))
         try:
             for piece in model.scheduler.stream(ids, settings):
                 answer += piece
@@ -290,7 +286,7 @@ def _report_tab(page: Page, *, framed: bool) -> None:
         gr.HTML(f"<iframe class='report' title='Report' src='{REPORT}/report.html'></iframe>")
     else:
         gr.HTML(
-            f"<iframe class='report' title='Report' sandbox srcdoc='{html.escape((page.report / 'report.html').read_text(), quote=True)}'></iframe>"
+            f"<iframe class='report' title='Report' sandbox srcdoc='{html.escape((page.report / 'report.html').read_text(encoding='utf-8'), quote=True)}'></iframe>"
         )
 
 

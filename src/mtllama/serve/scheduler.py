@@ -206,6 +206,7 @@ class Scheduler:
     def score(self, items: Sequence[Branches], *, top: int = 0) -> tuple[Ticket, "Future[list[list[Scored]]]"]:
         """Score answers behind prompts, as `Engine.judge` does. Raises as `generate` does."""
         future: Future[list[list[Scored]]] = Future()
+        future.set_running_or_notify_cancel()  # whoever waits may go away at any moment: only the ticket cancels
         ticket = Ticket(time.monotonic() + self.limits.max_seconds)
         with self._changed:
             self._require_room(len(items))
@@ -269,7 +270,6 @@ class Scheduler:
         for scoring in scorings:
             if scoring.ticket.cancelled:
                 self.load.cancelled += 1
-                scoring.future.cancel()
             elif over or now >= scoring.ticket.deadline:
                 scoring.future.set_exception(late)
             else:
@@ -301,17 +301,25 @@ class Scheduler:
         tokens, width = 0, self._cache.width if self._cache else 0
         while self._waiting:
             sequence = self._waiting[0]
-            wider = max(width, -(-sequence.width // WIDTH_STEP) * WIDTH_STEP)
+            wider = max(width, self._width(sequence))
             taken = len(self._running) + len(new)
             if taken >= self._slots(wider) or (new and tokens + len(sequence.prompt) > TOKENS_PER_PASS):
                 break
             tokens, width = tokens + len(sequence.prompt), wider
             new.append(self._waiting.popleft())
-        count = len(self._running) + len(new)
-        if new and (self._cache is None or width > self._cache.width or count > self._cache.slots):
-            slots = min(self._slots(width), 1 << (count - 1).bit_length())  # doubled as more join: a lone request needs one
-            self._cache = (self._cache or Cache(0, 0)).resized(slots, width)
         return new
+
+    def _make_room(self, new: list[_Sequence]) -> Cache:
+        """A cache that has room for those that run and for `new`; slots are doubled as more join, so that a lone request needs one."""
+        cache, count = self._cache or Cache(0, 0), len(self._running) + len(new)
+        width = max(cache.width, *map(self._width, new))
+        if width > cache.width or count > cache.slots:
+            cache = cache.resized(min(self._slots(width), 1 << (count - 1).bit_length()), width)
+        self._cache = cache
+        return cache
+
+    def _width(self, sequence: _Sequence) -> int:
+        return -(-sequence.width // WIDTH_STEP) * WIDTH_STEP
 
     def _slots(self, width: int) -> int:
         return max(1, min(self.limits.max_batch, self._places // width))
@@ -328,8 +336,7 @@ class Scheduler:
             if not scoring.future.done():
                 say(f"scoring failed: {' '.join(str(error).split())[:300]}")
                 scoring.future.set_exception(error)
-                scoring.next = len(scoring.items)
-                scoring.ticket.cancel()
+            scoring.ticket.cancel()  # what is left of it is not looked at
             return
         for (scoring, i), result in zip(units, results, strict=True):
             scoring.found[i] = result
@@ -339,12 +346,12 @@ class Scheduler:
 
     def _begin(self, new: list[_Sequence]) -> None:
         """Read prompts into the next slots."""
-        assert self._cache is not None
         before = len(self._running)
         try:
-            logits = self.engine.begin([sequence.prompt for sequence in new], self._cache)
+            logits = self.engine.begin([sequence.prompt for sequence in new], self._make_room(new))
         except Exception as error:
-            del self._cache.lengths[before:]
+            if self._cache:
+                del self._cache.lengths[before:]
             if len(new) > 1:  # one of them is at fault: each by itself
                 for sequence in new:
                     self._begin([sequence])
@@ -371,7 +378,12 @@ class Scheduler:
         likeliest = logits.argmax(-1).tolist()
         for slot in reversed(range(first, len(self._running))):  # from behind: those that move have been looked at
             sequence = self._running[slot]
-            text = sequence.generation.take(logits[slot - first], likeliest[slot - first])
+            try:
+                text = sequence.generation.take(logits[slot - first], likeliest[slot - first])
+            except Exception as error:  # nothing can be drawn from what is no number
+                self._failed([sequence], error)
+                self._leave(slot)
+                continue
             self.load.generated_tokens += 1
             sequence.say(text)
             if sequence.generation.reason is not None:

@@ -17,14 +17,15 @@ GRACE = 10.0
 """Seconds that running requests have to finish when the server is told to stop; then they return what they have."""
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Tells the scheduler at once that the end has come: it takes nothing on any more, and what runs ends in time."""
 
-    def __init__(self, config: uvicorn.Config, schedulers: tuple[Scheduler, ...]) -> None:
+    def __init__(self, config: uvicorn.Config, name: str, schedulers: tuple[Scheduler, ...], *, page: bool) -> None:
         super().__init__(config)
-        self.schedulers = schedulers
+        self.name, self.schedulers, self.page = name, schedulers, page
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """As uvicorn does with signals; a second one ends what runs at once."""
         for scheduler in self.schedulers:
             scheduler.retire(0.0 if self.should_exit else GRACE)
         super().handle_exit(sig, frame)
@@ -62,7 +63,7 @@ def start(
     api_key: str | None = None,
     limits: Limits | None = None,
     page: PageSettings | None = None,
-) -> uvicorn.Server:
+) -> Server:
     """A server on a socket, ready to `run([bound])`; with a page, if settings for it are given."""
     scheduler, name = Scheduler(engine, limits), name or engine.loaded.source.name
     other = Scheduler(page.other, limits) if page and page.other else None
@@ -76,22 +77,12 @@ def start(
     bound.listen()
     grace = int(GRACE) + 5
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=grace, server_header=False)
-    return _Server(config, schedulers)
+    return Server(config, name, schedulers, page=page is not None)
 
 
-def serve(
-    engine: Engine,
-    bound: socket.socket,
-    *,
-    name: str | None = None,
-    api_key: str | None = None,
-    limits: Limits | None = None,
-    page: PageSettings | None = None,
-) -> None:
-    """Serve on a socket until a signal ends it; says where, once requests can come."""
+def serve(server: Server, bound: socket.socket) -> None:
+    """Run a server until a signal ends it; says first what is served where."""
     host, port = bound.getsockname()[:2]
-    server = start(engine, bound, name=name, api_key=api_key, limits=limits, page=page)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    where = f"{address}/v1, its page at {address}" if page else f"{address}/v1"
-    say(f"{name or engine.loaded.source.name} is served at {where} (Ctrl-C ends it)")
+    say(f"{server.name} is served at {address}/v1{f', its page at {address}' if server.page else ''} (Ctrl-C ends it)")
     server.run([bound])

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from mtllama import api, folders
@@ -79,7 +79,6 @@ class _Dialogue:
     read: Read
     person: bool
     """Whether somebody sits there: then what is typed is prompted for, and help is offered."""
-    last: str = field(default="")
 
     def run(self) -> None:
         if self.person:
@@ -109,7 +108,6 @@ class _Dialogue:
         elif name.startswith("/") and "/" not in name[1:] and "\n" not in line:
             raise UserError(f"there is no command {name}; /help lists them")
         elif line:
-            self.last = line
             _say(self.chat.answer(line))
 
 
@@ -182,11 +180,9 @@ def _temperature(dialogue: _Dialogue, rest: str) -> None:
 
 def _tokens(dialogue: _Dialogue, rest: str) -> None:
     chat, encoder = dialogue.chat, dialogue.chat.engine.encoder
-    text = rest or dialogue.last
-    if not text:
+    ids = encoder.whole_prompt_ids(rest) if rest else chat.last_ids
+    if not ids:
         raise UserError("/tokens shows the ids of the last prompt; there is none yet: /tokens TEXT")
-    history = [] if rest or not chat.history else chat.history[:-1]
-    ids = encoder.whole_prompt_ids(text, history)
     for token in ids:
         print(f"{token:7}  {chat.engine.tokenizer.convert_ids_to_tokens(token)!r}{'  BOS' if token in encoder.bos_ids else ''}")
     end = chat.engine.tokenizer.convert_ids_to_tokens(encoder.end_ids)
