@@ -1,5 +1,6 @@
 """The package as Python sees it: generate, score, run a task."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,12 @@ def test_a_template_may_hold_longer_rows_of_bars() -> None:
 def test_a_bad_call_is_one_clear_line(model: Model, call: object, says: str) -> None:
     with pytest.raises(UserError, match=says):
         call(model)  # type: ignore[operator]
+
+
+def test_a_model_is_talked_to_in_its_own_format_or_its_chat_template_s(pico: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "talking"
+    shutil.copytree(pico, folder)
+    assert mtllama.load_model(str(folder)).engine.encoder.format.name == "mtllama"
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[answer]\n")
+    assert mtllama.load_model(str(folder)).engine.encoder.prompt_text("Hi") == "[user] Hi\n[answer]"
+    assert mtllama.load_model(str(folder), format="plain").engine.encoder.format.name == "plain"

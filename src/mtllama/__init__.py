@@ -13,7 +13,8 @@ def load_model(
 ) -> "Model":
     """Load a model, ready to score and generate: a name, a folder or a hub id; or `base` with `delta`, restored while loading.
 
-    `dtype`: auto, float32 or bfloat16; `format`: name of a prompt format, else the model's own. Raises `mtllama.errors.UserError`.
+    `dtype`: auto, float32 or bfloat16; `format`: name of a prompt format, else the model's own, or its chat template's, as in chat and
+    serving. (`mtllama eval` asks a base in the format of the training.) Raises `mtllama.errors.UserError`.
     """
     from typing import get_args
 
@@ -25,4 +26,5 @@ def load_model(
 
     if dtype not in get_args(Dtype):
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(get_args(Dtype))}")
-    return Model(Engine(load.load_model(find_model(model, base, delta), dtype=dtype, format=format)))  # type: ignore[arg-type]
+    source = find_model(model, base, delta)
+    return Model(Engine(load.load_model(source, dtype=dtype, format=format or source.spoken_format())))  # type: ignore[arg-type]

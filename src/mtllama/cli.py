@@ -928,8 +928,7 @@ def _chat_engine(model: str | None, base: str | None, delta: str | None, dtype: 
     from mtllama.model.load import load_model
 
     source = find_model(model, base, delta)
-    own = format or source.own_format() or ("native" if (source.files / "chat_template.jinja").is_file() else None)
-    return Engine(load_model(source, dtype=dtype, format=own))
+    return Engine(load_model(source, dtype=dtype, format=format or source.spoken_format()))
 
 
 @app.command()

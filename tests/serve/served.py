@@ -14,6 +14,15 @@ from mtllama.model.engine import Engine
 from mtllama.serve.server import bind, start
 
 PATIENCE = 30.0
+SLOW = """
+import time
+from mtllama.cli import main
+from mtllama.model.engine import Engine
+step = Engine.step
+Engine.step = lambda *arguments: (time.sleep(0.05), step(*arguments))[1]
+main()
+"""
+"""The command line, with a model that takes its time."""
 
 
 @dataclass

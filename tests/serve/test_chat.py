@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from served import SLOW
 
 from mtllama import api, folders
 from mtllama.data.prompt import Turn
@@ -148,17 +149,6 @@ def test_another_model_begins_anew(pico: Path, chat: Chat, monkeypatch: pytest.M
 def test_a_path_is_a_prompt_and_no_command(chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     piped(chat, monkeypatch, "/etc/hosts is what?\n")
     assert [turn.inputs for turn in chat.history] == ["/etc/hosts is what?"] and not capsys.readouterr().err
-
-
-SLOW = """
-import time
-from mtllama.cli import main
-from mtllama.model.engine import Engine
-step = Engine.step
-Engine.step = lambda *arguments: (time.sleep(0.05), step(*arguments))[1]
-main()
-"""
-"""The command line, with a model that takes its time."""
 
 
 def test_in_a_terminal_ctrl_c_stops_the_answer_and_a_pasted_text_is_one_prompt(pico: Path, tmp_path: Path) -> None:

@@ -148,6 +148,43 @@ def test_a_cancelled_request_leaves_its_slot_to_the_next(
     assert len(first.tokens()) == heard and not any(update.last for update in first.updates[0])
 
 
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_whoever_leaves_the_middle_of_a_batch_changes_nothing_for_the_others(
+    engine: Engine, scheduler: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch, gone: int
+) -> None:
+    running, prompts = scheduler(), prompts_of(engine, 3, seed=9)
+    theirs = [engine.continue_ids([prompt], max_new_tokens=30)[0] for prompt in prompts]
+    slowed(engine, monkeypatch)
+    ears = [Ear(), Ear(), Ear()]
+    tickets = [
+        running.generate([prompt], [Settings(400 if i == gone else 30, temperature=float(i == gone), top_logprobs=0)], ear)
+        for i, (prompt, ear) in enumerate(zip(prompts, ears, strict=True))
+    ]
+    for ear in ears:
+        ear.wait(lambda ear: bool(ear.updates[0]))
+    tickets[gone].cancel()
+    for i, ear in enumerate(ears):
+        if i != gone:
+            assert ear.wait().tokens() == theirs[i]
+    assert running.load.cancelled == 1 and running.alive
+
+
+def test_a_fault_within_a_round_is_told_and_the_next_request_is_served(
+    engine: Engine, scheduler: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, ear, after = scheduler(), Ear(), Ear()
+    monkeypatch.setattr(Cache, "leave", no_leave)
+    running.generate([[5]], [Settings(3, temperature=1.0)], ear)
+    ear.wait()
+    monkeypatch.undo()
+    running.generate([[5]], [Settings(20)], after)
+    assert after.wait().tokens() == engine.continue_ids([[5]], max_new_tokens=20)[0]
+
+
+def no_leave(cache: Cache, slot: int) -> int:
+    raise ValueError("a fault of ours")
+
+
 def test_a_full_queue_refuses_and_takes_nothing_on(
     engine: Engine, scheduler: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,15 +3,18 @@
 import asyncio
 import json
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from served import PATIENCE, Served, run_server
+from served import PATIENCE, SLOW, Served, run_server
 
 from mtllama import api
 from mtllama.data.prompt import Turn
@@ -333,3 +336,29 @@ def test_an_evaluation_over_this_server_gives_the_engine_s_numbers(served: Serve
         for mine, other in zip(ours, theirs, strict=True):
             assert mine == pytest.approx(other, abs=1e-4)
     assert there.generate(prompts, max_new_tokens=12) == served.engine.generate(prompts, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_and_what_runs_is_finished(pico: Path, tmp_path: Path, number: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", SLOW, "serve", str(pico), "--port", str(port), "--no-page", "--dtype", "float32"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(lambda: (tmp_path / "log").read_text().count(url))
+        body = {"prompt": "Once", "max_tokens": 60, "temperature": 2, "seed": 1, "stream": True, "logprobs": 0}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as answer:
+            lines = answer.iter_lines()
+            events = [next(lines)]
+            process.send_signal(number)
+            events += [line for line in lines if line]
+        assert events[-1] == "data: [DONE]" and json.loads(events[-2][6:])["choices"][0]["finish_reason"] in ("stop", "length")
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+    told = (tmp_path / "log").read_text()
+    assert "Traceback" not in told and url in told.splitlines()[-1], told

@@ -45,6 +45,10 @@ class ModelFolder:
         name = manifest.get("format")
         return name if name in FORMATS else None
 
+    def spoken_format(self) -> str | None:
+        """The prompt format that the model is talked to in: its own, else that of its chat template; None: it has neither."""
+        return self.own_format() or ("native" if (self.files / "chat_template.jinja").is_file() else None)
+
 
 def home() -> Path:
     """Where converted models are kept: MTLLAMA_HOME, or the user's cache folder."""

@@ -225,24 +225,33 @@ class Scheduler:
         if waiting and waiting + more > self.limits.max_queue:
             raise BusyError(f"{waiting} prompts wait already; try again later")
 
+    @torch.inference_mode()
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._waiting or self._scorings or self._running or self._closing is not None):
-                    self._cache = None  # an idle server holds no keys and values
-                    self._changed.wait()
-                self._drop()
-                if self._closing is not None and not (self._waiting or self._scorings or self._running):
-                    return
-                units, new = self._take_scorings(), self._take_waiting()
-            # Whatever goes wrong is told to those whom it concerns: the thread lives as long as the server.
-            with torch.inference_mode():
-                if units:
-                    self._score(units)
-                if new:
-                    self._begin(new)
-                if self._running:
-                    self._step()
+        going = True
+        while going:
+            try:
+                going = self._round()
+            except Exception as error:  # a fault of this file: whoever runs is told, and the others are served on
+                failed, self._running, self._cache = self._running, [], None
+                self._failed(failed, error)
+
+    def _round(self) -> bool:
+        """Wait for something to do, and do some of it; False where nothing is left and nothing may come."""
+        with self._changed:
+            while not (self._waiting or self._scorings or self._running or self._closing is not None):
+                self._cache = None  # an idle server holds no keys and values
+                self._changed.wait()
+            self._drop()
+            if self._closing is not None and not (self._waiting or self._scorings or self._running):
+                return False
+            units, new = self._take_scorings(), self._take_waiting()
+        if units:
+            self._score(units)
+        if new:
+            self._begin(new)
+        if self._running:
+            self._step()
+        return True
 
     def _drop(self) -> None:
         """Let go of what was cancelled, is out of time, or is cut off by the end of the server."""

@@ -25,10 +25,10 @@ class Server(uvicorn.Server):
         self.name, self.schedulers, self.page = name, schedulers, page
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """As uvicorn does with signals; a second one ends what runs at once."""
+        """A signal is how a server ends: unlike uvicorn's own, the process then ends as one that has done its work."""
         for scheduler in self.schedulers:
             scheduler.retire(0.0 if self.should_exit else GRACE)
-        super().handle_exit(sig, frame)
+        self.force_exit, self.should_exit = self.should_exit, True
 
 
 def bind(host: str, port: int) -> socket.socket:
