@@ -1,7 +1,11 @@
 """Segment attention: the same as torch's own within each segment, forwards and backwards, in every precision."""
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mtllama.model import attention
 
@@ -61,3 +65,59 @@ def test_no_segment_sees_another(monkeypatch: pytest.MonkeyPatch) -> None:
     after = run(tensors, monkeypatch, 2048)[0]
     same = (before == after).all(dim=-1).all(dim=-1)[0]
     assert same[:1].all() and same[300:].all() and not same[1:300].any()
+
+
+def as_documented(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_ends: torch.Tensor, k_ends: torch.Tensor, q_max: int, k_max: int, **how: Any
+) -> torch.Tensor:
+    """What torch documents of `varlen_attn`, by its plain attention: tensors are [seq, heads, dim], and ends are cumulative."""
+    assert how["window_size"] == (-1, 0) and how["enable_gqa"] and q_ends.dtype == torch.int32 and torch.equal(q_ends, k_ends)
+    ends = q_ends.tolist()
+    assert q_max == k_max == max(last - first for first, last in itertools.pairwise(ends)) and ends[-1] == len(q) == len(k)
+    parts = [
+        F.scaled_dot_product_attention(
+            *(each[first:last].transpose(0, 1)[None] for each in (q, k, v)), is_causal=True, scale=how["scale"], enable_gqa=True
+        )
+        for first, last in itertools.pairwise(ends)
+    ]
+    return torch.cat([part[0].transpose(0, 1) for part in parts])
+
+
+def test_flash_attention_is_asked_for_the_same_as_torchs_attention_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention itself needs a GPU; what it is called with does not."""
+    tensors = inputs(torch.bfloat16)
+    theirs = run(tensors, monkeypatch, 0)
+    monkeypatch.setattr(attention, "_has_flash", lambda device, dim: True)
+    called = []
+    monkeypatch.setattr(attention, "varlen_attn", lambda *args, **how: called.append(1) or as_documented(*args, **how))
+    ours = run(tensors, monkeypatch, 0)
+    assert called
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == other.dtype and mine.shape == other.shape
+        assert float((mine - other).abs().max()) <= 0.02 * float(other.abs().max())
+
+
+def test_torch_takes_that_call_and_gives_gradients_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without contents, of which torch itself works out shapes and dtypes."""
+    monkeypatch.setattr(attention, "_has_flash", lambda device, dim: True)
+    query, key, value = (
+        torch.empty(1, heads, 700, 64, dtype=dtype, device="meta", requires_grad=True)
+        for heads, dtype in ((6, torch.float32), (2, torch.float32), (2, torch.bfloat16))
+    )
+    out, _ = attention.segment_attention(torch.nn.Module(), query, key, value, None, segments=SEGMENTS)
+    out.sum().backward()
+    assert (out.shape, out.dtype) == ((1, 700, 6, 64), torch.bfloat16)
+    for each in (query, key, value):
+        assert each.grad is not None and (each.grad.shape, each.grad.dtype) == (each.shape, each.dtype)
+
+
+@pytest.mark.gpu
+def test_flash_attention_on_a_gpu_is_as_near_to_the_truth_as_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < attention.FLASH_CAPABILITY:
+        pytest.skip("needs a CUDA GPU of compute capability 8.0 or more")
+    exact = run(inputs(torch.float64), monkeypatch, 0)
+    tensors = [each.detach().to("cuda", torch.bfloat16).requires_grad_() for each in inputs(torch.float64)]
+    out, _ = attention.segment_attention(torch.nn.Module(), *tensors, None, segments=SEGMENTS, scaling=0.3)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out)
+    for mine, truth in zip([out, *torch.autograd.grad(out, tensors, weights)], exact, strict=True):
+        assert float((mine.double().cpu() - truth).abs().max()) < 0.03 * float(truth.abs().max())

@@ -1,17 +1,25 @@
-"""Attention that keeps to its segment, for rows in which several examples stand one behind the other."""
+"""Attention that keeps to its segment, for rows in which several examples stand one behind the other.
+
+Three ways, one result: FlashAttention over all segments at once where a GPU has it, plain matrix products on CPUs, and torch's own
+attention segment by segment everywhere else.
+"""
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 SEGMENTS = "mtllama_segments"
 """Name under which transformers finds it: `attn_implementation=SEGMENTS`, then `model(..., segments=[12, 40])`."""
 ROWS = 256
 """Queries that are handled at a time: half of a long segment's square lies above the diagonal, and is left out by blocks."""
+FLASH_CAPABILITY, FLASH_DIM = (8, 0), 256
+"""What FlashAttention 2 asks of a GPU, and the largest dimension of a head that it knows."""
 LONGEST = 2048
 """Segments up to which the probabilities are kept for the backward pass; longer ones would take too much memory."""
 
@@ -35,11 +43,29 @@ def segment_attention(
         with torch.autocast("cpu", enabled=False):
             out: torch.Tensor = _Segments.apply(query.to(dtype), key.to(dtype), value, segments, scale)  # type: ignore[no-untyped-call]
         return out, None
+    if value.dtype in (torch.bfloat16, torch.float16) and not dropout and _has_flash(query.device, query.shape[-1]):
+        ends = _ends(tuple(segments), query.device)
+        q, k, v = (each[0].transpose(0, 1).to(value.dtype) for each in (query, key, value))  # [seq, heads, dim]
+        longest = max(segments)
+        flash = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True, scale=scaling)
+        assert isinstance(flash, torch.Tensor)
+        return flash[None], None
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     parts = zip(*(torch.split_with_sizes(each, segments, dim=2) for each in (query, key, value)), strict=True)
     outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout) for q, k, v in parts]
     return torch.cat(outputs, dim=2).transpose(1, 2), None  # [1, seq, heads, dim]
+
+
+def _has_flash(device: torch.device, dim: int) -> bool:
+    """Whether torch's FlashAttention runs there with heads of this dimension."""
+    return device.type == "cuda" and dim <= FLASH_DIM and dim % 8 == 0 and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
+
+
+@functools.lru_cache(8)  # every layer asks for the same ones
+def _ends(segments: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Where segments begin and end. [segments + 1]"""
+    return torch.tensor([0, *itertools.accumulate(segments)], dtype=torch.int32, device=device)
 
 
 class _Segments(torch.autograd.Function):
