@@ -429,6 +429,55 @@ def test_rendered_rows_are_checked_by_their_inputs(tmp_path: Path) -> None:
     assert report.rows("trec_trec1") == {2} and report.items("sst2") == {0}
 
 
+def beside(tmp_path: Path, **config: Any) -> Mixture:
+    """6 rows of TREC, and 9 that P3 rendered of two of its prompts; 4 rendered rows of a set without rows of its own."""
+    write(tmp_path / "rows", "trec", [{"text": f"Where is {i} ?", "coarse_label": 4, "fine_label": 33} for i in range(6)])
+    for name, num in (
+        ("trec_trec1", 3),
+        ("trec_what_category_best_describe", 6),
+        ("wiqa_what_is_the_final_step_of_the_following_process", 4),
+    ):
+        write(tmp_path / "p3", name, [{"inputs": f"{name} <{i}> {LEAK if i == 2 else ''}", "targets": f"t{i}"} for i in range(num)])
+    return mixed(tmp_path / "rows", p3=tmp_path / "p3", **config)
+
+
+def test_rendered_rows_stand_beside_the_rows_of_a_set_and_share_its_rate_by_their_numbers(tmp_path: Path) -> None:
+    mixture = beside(tmp_path, tasks={"trec": 5, "wiqa": 1}, rule="weights")
+    assert [(part.name, part.num_rows, part.rate) for part in mixture.parts] == [("trec", 6, 2), ("trec (P3)", 9, 3), ("wiqa (P3)", 4, 1)]
+    assert mixture.missing == {} and set(mixture.data()) == {"trec", "trec (P3)", "wiqa (P3)"}
+    drawn = [mixture.draw(index) for index in range(600)]
+    counted = Counter((draw.task, draw.template) for draw in drawn)
+    assert counted["trec", "trec1"] == 100 and counted["trec", "what_category_best_describe"] == 200
+    assert sum(draw.task == "wiqa" for draw in drawn) == 100 and sum(draw.task == "trec" for draw in drawn) == 500
+    seen = {(draw.template, draw.row) for draw in drawn if draw.example and "<" in draw.example.inputs}
+    assert len(seen) == 3 + 6 + 4, "every rendered row comes up"
+    assert plan(mixture, 600)["by_set"][0]["rows"] == 15
+
+
+def test_rendered_rows_that_share_text_with_an_evaluation_set_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "eval" / "sst2").mkdir(parents=True)
+    (tmp_path / "eval" / "sst2" / "validation.jsonl").write_text(json.dumps({"sentence": LEAK, "label": 1}) + "\n", encoding="utf-8")
+    mixture = beside(tmp_path, tasks=("trec", "wiqa"), decontaminate=True, eval_dir=tmp_path / "eval")
+    assert {part.name: (part.num_rows, part.dropped) for part in mixture.parts} == {
+        "trec": (6, 0),
+        "trec (P3)": (7, 2),
+        "wiqa (P3)": (3, 1),
+    }
+    drawn = [mixture.draw(index) for index in range(500)]
+    assert not any(draw.example and LEAK in draw.example.inputs for draw in drawn)
+    assert {draw.row for draw in drawn if draw.task == "wiqa"} == {0, 1, 3}
+
+
+def test_rendered_rows_beside_others_must_be_there_and_of_a_set_that_is_wanted(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no P3 rows of the split train of any data set that was asked for"):
+        beside(tmp_path, tasks=("trec",)) and mixed(tmp_path / "rows", p3=tmp_path / "rows", tasks=("trec",))
+    with pytest.raises(UserError, match="P3 folder .*nowhere does not exist"):
+        mixed(tmp_path / "rows", p3=tmp_path / "nowhere", tasks=("trec",))
+    assert "with mixture.templates=p3, dir is that folder" in refusal(templates="p3", p3=str(tmp_path))
+    with pytest.raises(UserError, match="qasc"):
+        beside(tmp_path, tasks=("trec", "qasc"))
+
+
 def test_a_dropped_row_of_a_shared_file_is_called_by_its_number_in_it(tmp_path: Path) -> None:
     answers = {"text": ["here"], "answer_start": [0]}
     rows = [{"id": f"{name}-1", "context": f"here {name}", "question": "Where?", "answers": answers} for name in ("dbidaf", "dbert")]

@@ -7,7 +7,7 @@ own over those rows, so that it keeps its rate.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -45,6 +45,8 @@ class MixtureConfig:
     templates: str = "own"
     """`own`: the catalogue's prompts; `promptsource:PATH`: those of a promptsource checkout or folder of templates; `p3`: the
     rows are rendered already (bigscience/P3 or a copy of it)."""
+    p3: Path | None = None
+    """Folder of rows that P3 rendered, drawn beside the rows in `dir`: a set's rate is shared by the numbers of rows of both."""
     truncate: int | None = TRUNCATE
     """Characters at which promptsource's templates cut a variable; none: never."""
     rule: Rule = "t0-code"
@@ -70,6 +72,10 @@ class MixtureConfig:
             raise ValueError("mixture.tasks is empty; name at least one data set, or leave the key out to take every one that is there")
         if self.templates not in ("own", "p3") and not self.templates.startswith(PROMPTSOURCE):
             raise ValueError(f"mixture.templates is {self.templates!r}; choose own, p3, or promptsource:PATH")
+        if self.p3 is not None and self.templates == "p3":
+            raise ValueError(
+                "mixture.p3 is a folder of rendered rows beside the rows in dir; with mixture.templates=p3, dir is that folder"
+            )
         if self.truncate is not None and self.truncate < 1:
             raise ValueError(f"mixture.truncate is {self.truncate}; 1 or more is needed, or null")
         if self.seed < 0:
@@ -175,25 +181,23 @@ class _Some(_Turns):
 class _Rendered(_Stream):
     """Rows that P3 rendered."""
 
-    def __init__(self, task: str, family: str, template: str, prompted: p3.Prompted, rate: Fraction, seed: int) -> None:
+    def __init__(
+        self, task: str, family: str, template: str, prompted: p3.Prompted, rate: Fraction, seed: int, dropped: Collection[int] = ()
+    ) -> None:
         super().__init__(task, family, [template], rate, seed)
         self.prompted = prompted
+        self.places: Places = [row for row in range(len(prompted)) if row not in dropped] if dropped else range(len(prompted))
 
     @property
     def num_rows(self) -> int:
-        return len(self.prompted)
-
-    def inputs(self) -> Iterator[tuple[int, str, str]]:
-        """(row, column, text) of every row."""
-        for row in range(self.num_rows):
-            if (example := self.prompted.example(row)) is not None:
-                yield row, "inputs", example.inputs
+        return len(self.places)
 
     def draw(self, turn: int, place: int) -> Draw:
-        example = self.prompted.example(place)
+        row = int(self.places[place])
+        example = self.prompted.example(row)
         if example is not None:
             example = Example(example.inputs, example.targets, example.choices, self.task, self.templates[0])
-        return Draw(self.task, self.family, self.templates[0], place, turn, example)
+        return Draw(self.task, self.family, self.templates[0], row, turn, example)
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,13 @@ class Part:
     origin: str
     dropped: int = 0
     """Rows left out because they share text with an evaluation set."""
+    rendered: bool = False
+    """Its rows are P3's, beside those of the data set itself."""
+
+    @property
+    def name(self) -> str:
+        """What to call it: a set has up to two parts."""
+        return f"{self.task} (P3)" if self.rendered else self.task
 
 
 class Mixture:
@@ -236,13 +247,13 @@ class Mixture:
             if task is not None and task.role != "train":
                 found.append(f"{part.task} is held out for evaluation ({task.role}), and is trained on")
             if part.dropped:
-                found.append(f"{part.task}: {part.dropped} rows share text with an evaluation set and are left out")
+                found.append(f"{part.name}: {part.dropped} rows share text with an evaluation set and are left out")
         return found
 
     def data(self) -> dict[str, list[int]]:
         """Rows, and bytes where it is a file, of the source of each set: whether two mixtures read the same data."""
         sizes = {part.origin: Path(part.origin).stat().st_size if Path(part.origin).is_file() else 0 for part in self.parts}
-        return {part.task: [part.num_rows, sizes[part.origin]] for part in self.parts}
+        return {part.name: [part.num_rows, sizes[part.origin]] for part in self.parts}
 
     @property
     def num_rows(self) -> int:
@@ -259,12 +270,19 @@ class Mixture:
 
     def _read_rows(self) -> None:
         config = self.config
-        loaded, self.missing = load_sets(config)
-        dropped = self._contaminated(loaded) if config.decontaminate else {}
+        rendered = load_rendered(config)
+        loaded, self.missing = load_sets(config, elsewhere=rendered)
+        dropped = _contaminated(config)
         for rows in loaded:
             prompts = self._prompts(rows)
             if prompts:
-                self._add(rows, prompts, dropped.get(rows.task.name, frozenset()))
+                beside = rendered.pop(rows.task.name, {})
+                num_beside = sum(map(len, beside.values()))
+                share = Fraction(len(rows.rows), len(rows.rows) + num_beside)
+                self._add(rows, prompts, dropped.get(rows.task.name, frozenset()), share)
+                self._add_rendered(rows.task, beside, dropped, 1 - share)
+        for name, beside in rendered.items():
+            self._add_rendered(catalog()[name], beside, dropped, Fraction(1))
         if not self.streams:
             raise UserError(f"{config.templates}: no template fits any of the data sets; {next(iter(self.missing.values()), '')}")
 
@@ -280,10 +298,11 @@ class Mixture:
             self.missing[task.name] = f"{task.name}: {path} has no templates for it"
         return found
 
-    def _add(self, rows: Rows, prompts: Sequence[Template], dropped: frozenset[int]) -> None:
+    def _add(self, rows: Rows, prompts: Sequence[Template], dropped: Collection[int], share: Fraction) -> None:
+        """`share` of a set's rate for its rows."""
         config, task = self.config, rows.task
         size = task.splits.get(config.split, len(rows.rows)) if config.split == "train" else len(rows.rows)
-        rate = config.set_rate(task, size, len(prompts))
+        rate = config.set_rate(task, size, len(prompts)) * share
         columns, fits = rows.rows[0].keys(), []
         for prompt in _sound(prompts, f"{config.templates}, {task.name}"):
             if absent := sorted(prompt.variables - columns):
@@ -307,9 +326,31 @@ class Mixture:
         names = tuple(prompt.name for prompt in fits)
         self.parts.append(Part(task.name, task.family, len(places), one * len(fits), names, rows.origin, len(dropped)))
 
-    def _contaminated(self, loaded: Sequence[Rows]) -> dict[str, frozenset[int]]:
-        report = contamination.check([passages(rows) for rows in loaded], [passages(rows) for rows in held_out(self.config)])
-        return {rows.task.name: frozenset(report.rows(rows.task.name)) for rows in loaded}
+    def _add_rendered(self, task: Task, beside: dict[str, p3.Prompted], dropped: dict[str, frozenset[int]], share: Fraction) -> None:
+        """`share` of a set's rate for rows of it that P3 rendered, each row alike."""
+        num_rows = sum(map(len, beside.values()))
+        if not num_rows:
+            return
+        rate = self.config.set_rate(task, task.splits.get(self.config.split, num_rows), len(task.p3_templates)) * share
+        streams = [
+            _Rendered(
+                task.name,
+                task.family,
+                template,
+                prompted,
+                rate * len(prompted) / num_rows,
+                self.config.seed,
+                dropped.get(task_name(task.name, template), ()),
+            )
+            for template, prompted in beside.items()
+        ]
+        streams = [stream for stream in streams if stream.num_rows]
+        if not streams:
+            return
+        self.streams += streams
+        left, names = sum(stream.num_rows for stream in streams), tuple(stream.templates[0] for stream in streams)
+        rate, origin = sum((stream.rate for stream in streams), Fraction(0)), next(iter(beside.values())).origin
+        self.parts.append(Part(task.name, task.family, left, rate, names, origin, num_rows - left, rendered=True))
 
     def _read_p3(self) -> None:
         config = self.config
@@ -367,10 +408,10 @@ def _sound(prompts: Sequence[Template], where: str) -> Sequence[Template]:
     return prompts
 
 
-def load_sets(config: MixtureConfig) -> tuple[list[Rows], dict[str, str]]:
+def load_sets(config: MixtureConfig, elsewhere: Collection[str] = ()) -> tuple[list[Rows], dict[str, str]]:
     """The rows of every set, and for those that are not there why not.
 
-    A set that was named must be there; one that was asked for as part of a group may be missing.
+    A set that was named must be there; one that was asked for as part of a group may be missing, or one that has rows `elsewhere`.
     """
     folder, named = data_folder(config.dir), _named(config)
     loaded, missing = [], {}
@@ -378,9 +419,9 @@ def load_sets(config: MixtureConfig) -> tuple[list[Rows], dict[str, str]]:
         try:
             loaded.append(load_rows(task, folder, config.split))
         except UserError as error:
-            if task.name in named or not isinstance(error, MissingDataError):
+            if not isinstance(error, MissingDataError) or (task.name in named and task.name not in elsewhere):
                 raise
-            if config.tasks is not None:
+            if config.tasks is not None and task.name not in elsewhere:
                 missing[task.name] = str(error)
     if not loaded:
         raise UserError(f"no training set with a split {config.split} in {folder}; see: mtllama tasks list")
@@ -407,14 +448,42 @@ def _wanted(config: MixtureConfig) -> list[Task]:
 
 def training_passages(config: MixtureConfig) -> list[contamination.Passages]:
     """The texts that a mixture trains on, as far as they are compared with other sets: of rendered rows, their inputs."""
-    if config.templates != "p3":
-        return [passages(rows) for rows in load_sets(config)[0]]
-    streams = Mixture(config).streams
+    if config.templates == "p3":
+        streams = [stream for stream in Mixture(config).streams if isinstance(stream, _Rendered)]
+        return [_inputs(stream.task, stream.templates[0], stream.prompted) for stream in streams]
+    rendered = load_rendered(config)
     return [
-        contamination.Passages(task_name(stream.task, stream.templates[0]), stream.inputs())
-        for stream in streams
-        if isinstance(stream, _Rendered)
+        *(passages(rows) for rows in load_sets(config, elsewhere=rendered)[0]),
+        *(_inputs(task, template, prompted) for task, beside in rendered.items() for template, prompted in beside.items()),
     ]
+
+
+def _inputs(task: str, template: str, prompted: p3.Prompted) -> contamination.Passages:
+    examples = ((row, prompted.example(row)) for row in range(len(prompted)))
+    return contamination.Passages(task_name(task, template), ((row, "inputs", example.inputs) for row, example in examples if example))
+
+
+def _contaminated(config: MixtureConfig) -> dict[str, frozenset[int]]:
+    """Rows to leave out, by set, and by P3's name for rendered rows; none unless that was asked for."""
+    if not config.decontaminate:
+        return {}
+    report = contamination.check(training_passages(config), [passages(rows) for rows in held_out(config)])
+    return {name: report.rows(name) for name in report.train_sizes}
+
+
+def load_rendered(config: MixtureConfig) -> dict[str, dict[str, p3.Prompted]]:
+    """Rows in `config.p3`, by set and prompt: those of the wanted sets, where there are any."""
+    if config.p3 is None:
+        return {}
+    found, sets = p3.find(config.p3, config.split), {}
+    for task in _wanted(config):
+        names = {template: p3.config_name(task.name, template) for template in task.p3_templates}
+        beside = {template: found[name] for template, name in names.items() if name in found and len(found[name])}
+        if beside:
+            sets[task.name] = beside
+    if not sets:
+        raise UserError(f"{config.p3} holds no P3 rows of the split {config.split} of any data set that was asked for; see mixture.p3")
+    return sets
 
 
 def task_name(task: str, template: str) -> str:

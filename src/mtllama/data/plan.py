@@ -28,7 +28,9 @@ def plan(mixture: Mixture, draws: int, encoder: PromptEncoder | None = None) -> 
         for template in stream.templates:
             rows.append(_row(stream.task, stream.family, template, stream.num_rows, one, tokens))
     warnings = [*mixture.remarks(), *(f"{task} asks none of its rows: its draws are skipped" for task in idle)]
-    sizes = {part.task: part.num_rows for part in mixture.parts}
+    sizes: dict[str, int] = {}
+    for part in mixture.parts:
+        sizes[part.task] = sizes.get(part.task, 0) + part.num_rows
     return _whole(rows, sizes, draws, warnings)
 
 
