@@ -471,7 +471,7 @@ def test_rendered_rows_that_share_text_with_an_evaluation_set_are_left_out(tmp_p
 def test_rendered_rows_beside_others_must_be_there_and_of_a_set_that_is_wanted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no P3 rows of the split train of any data set that was asked for"):
         beside(tmp_path, tasks=("trec",)) and mixed(tmp_path / "rows", p3=tmp_path / "rows", tasks=("trec",))
-    with pytest.raises(UserError, match="P3 folder .*nowhere does not exist"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         mixed(tmp_path / "rows", p3=tmp_path / "nowhere", tasks=("trec",))
     assert "with mixture.templates=p3, dir is that folder" in refusal(templates="p3", p3=str(tmp_path))
     with pytest.raises(UserError, match="qasc"):
