@@ -13,9 +13,10 @@ from mtllama.data.prompt import find_format
 from mtllama.errors import UserError
 from mtllama.model import packed
 from mtllama.model.engine import Branches, Engine
+from mtllama.model.families import SHARED, families
 from mtllama.model.find import ModelFolder
 from mtllama.model.load import LoadedModel
-from mtllama.model.packed import PACKED, Cache, Trees
+from mtllama.model.packed import PACKED, Cache, Part, Trees
 
 WINDOW = 9
 SIZES: dict[str, Any] = {
@@ -49,7 +50,13 @@ def items() -> list[Branches]:
         return [draw.randrange(3, 600) for _ in range(length)]
 
     shapes = [(1, [1]), (40, [3, 1, 30]), (7, [5, 5, 5, 5]), (90, [2, 60]), (4, [300]), (33, [1, 1]), (64, [12] * 12)]
-    return [Branches(ids(prompt), [ids(answer) for answer in answers]) for prompt, answers in shapes]
+    alone = [Branches(ids(prompt), [ids(answer) for answer in answers]) for prompt, answers in shapes]
+    common = ids(SHARED + 7)
+    # A family: some go on, one ends with what they have in common, two are the same but for their answers.
+    family = [
+        Branches(common + ids(rest), [ids(answer) for answer in answers]) for rest, answers in ((5, [2, 9]), (70, [1]), (0, [4, 4, 4]))
+    ]
+    return [*alone[:3], *family, *alone[3:], Branches(list(family[0].prompt), [ids(3)])]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +71,25 @@ def theirs(engine: Engine) -> torch.Tensor:
                 found += [float(log_probs[len(item.prompt) - 1 + place, token]) for place, token in enumerate(answer)]
     engine.model.set_attn_implementation(PACKED)
     return torch.tensor(found)
+
+
+def test_some_of_the_prompts_share_their_beginning() -> None:
+    """Or else the tests of this file would say nothing of families."""
+    found = [family for family in families([item.prompt for item in items()]) if family.shared]
+    assert [(len(family.members), family.shared >= SHARED) for family in found] == [(4, True)]
+
+
+def test_what_prompts_have_in_common_is_computed_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed: list[int] = []
+    hidden = engine._hidden
+    monkeypatch.setattr(engine, "_hidden", lambda ids, plan: fed.append(len(ids)) or hidden(ids, plan))
+    common = list(range(3, 103))
+    prompts = [[*common, 200 + i] for i in range(5)]
+    engine.score([Branches(prompt, [[7], [8, 9]]) for prompt in prompts])
+    assert sum(fed) == 100 + 5 * (1 + 1)
+    fed.clear()
+    engine.continue_ids(prompts, max_new_tokens=1)
+    assert sum(fed) == 100 + 5
 
 
 def flat(scores: Sequence[Sequence[Sequence[float]]]) -> torch.Tensor:
@@ -147,7 +173,7 @@ def test_a_slot_that_is_left_is_taken_by_the_last_one() -> None:
 
 @pytest.mark.parametrize("part", ["softcap", "s_aux"])
 def test_attention_of_another_kind_is_refused(part: str) -> None:
-    plan = Trees([(3, ())], torch.device("cpu"))
+    plan = Trees([Part(3)], torch.device("cpu"))
     query = torch.zeros(1, 2, 3, 4)
     module = torch.nn.Module()
     module.layer_idx = 0

@@ -1,9 +1,9 @@
 """A loaded model asked two things: how likely is each of these answers, and what do you answer.
 
 Answers to one prompt share its computation: the prompt stands once, all answers behind it as branches of a tree in
-the same forward pass, each seeing the prompt and itself only. That is exact, not an approximation. Items stand one behind
-the other in one row, so nothing is computed for padding (`model/packed.py`); a row of generation that has ended gives its
-slot to the next prompt.
+the same forward pass, each seeing the prompt and itself only. Prompts that begin alike share their beginning in the same way
+(`model/families.py`). That is exact, not an approximation. Items stand one behind the other in one row, so nothing is computed
+for padding (`model/packed.py`); a row of generation that has ended gives its slot to the next prompt.
 """
 
 import itertools
@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 
 from mtllama.data.prompt import PromptEncoder
+from mtllama.model.families import Family, beyond, families, passes
 from mtllama.model.generation import Generation, Settings
 from mtllama.model.load import LoadedModel
-from mtllama.model.packed import PACKED, Cache, Step, Trees
+from mtllama.model.packed import PACKED, Cache, Part, Step, Trees
 
 TOKENS_PER_PASS = 1024
 """Tokens in one forward pass: enough to keep two cores or a GPU busy, small in memory."""
@@ -113,34 +114,38 @@ class Engine:
     def judge(self, items: Sequence[Branches], advance: Callable[[int], None] = lambda n: None, *, top: int = 0) -> list[list[Scored]]:
         """What `score` gives, whether greedy text would have been the answer, and the `top` likeliest tokens in its places: item -> answer."""
         results: list[list[Scored]] = [[] for _ in items]
-        for group in _groups([len(item) for item in items], TOKENS_PER_PASS):
-            for i, scores in zip(group, self._score_pass([items[i] for i in group], top), strict=True):
+        for group in passes(families([item.prompt for item in items]), [len(item) for item in items], TOKENS_PER_PASS):
+            for i, scores in self._score_pass(items, group, top):
                 results[i] = scores
-            advance(len(group))
+            advance(sum(len(family.members) for family in group))
         return results
 
-    def _score_pass(self, items: Sequence[Branches], top: int) -> list[list[Scored]]:
+    def _score_pass(self, items: Sequence[Branches], group: Sequence[Family], top: int) -> Iterator[tuple[int, list[Scored]]]:
+        """The numbers of the items of some families, and the scores of their answers."""
         ids: list[int] = []
+        parts: list[Part] = []
         rows: list[int] = []  # places whose next token is scored
         wanted: list[int] = []
         row_of: list[int] = []  # for each of `wanted`, which of `rows` it is read from
-        for item in items:
-            ids += item.prompt
-            prompt_row = len(rows)
-            rows.append(len(ids) - 1)
-            for answer in item.answers:
-                row_of += [prompt_row, *range(len(rows), len(rows) + len(answer) - 1)]
-                rows += range(len(ids), len(ids) + len(answer) - 1)
-                ids += answer[:-1]
-                wanted += answer
-        plan = Trees([(len(item.prompt), [len(answer) - 1 for answer in item.answers]) for item in items], self.device)
-        log_probs, likeliest, tops = self._log_probs(self._hidden(ids, plan), rows, row_of, wanted, top)
-        results, first = [], 0
-        for item in items:
-            ends = list(itertools.accumulate(map(len, item.answers), initial=first))
-            results.append([Scored(log_probs[a:b], all(likeliest[a:b]), tops[a:b]) for a, b in itertools.pairwise(ends)])
+        for family in group:
+            before = _shared_part(family, items[family.members[0]].prompt, ids, parts)
+            for i in family.members:
+                prompt, answers = items[i].prompt[family.shared :], items[i].answers
+                ids += prompt
+                parts.append(Part(len(prompt), [len(answer) - 1 for answer in answers], before))
+                prompt_row = len(rows)
+                rows.append(len(ids) - 1)
+                for answer in answers:
+                    row_of += [prompt_row, *range(len(rows), len(rows) + len(answer) - 1)]
+                    rows += range(len(ids), len(ids) + len(answer) - 1)
+                    ids += answer[:-1]
+                    wanted += answer
+        log_probs, likeliest, tops = self._log_probs(self._hidden(ids, Trees(parts, self.device)), rows, row_of, wanted, top)
+        first = 0
+        for i in itertools.chain.from_iterable(family.members for family in group):
+            ends = list(itertools.accumulate(map(len, items[i].answers), initial=first))
+            yield i, [Scored(log_probs[a:b], all(likeliest[a:b]), tops[a:b]) for a, b in itertools.pairwise(ends)]
             first = ends[-1]
-        return results
 
     def _hidden(self, ids: Sequence[int], plan: Trees | Step) -> torch.Tensor:
         """What the model makes of one packed row. [seq, hidden]"""
@@ -205,14 +210,16 @@ class Engine:
         """Greedy continuations as ids: each to its end marker, to where `ended` says so of its ids, or to the limit."""
         found: list[list[int]] = [[] for _ in prompts]
         places = self._cache_bytes() // self.bytes_per_place()
-        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        while longest_first:
-            width = len(prompts[longest_first[0]]) + max_new_tokens
-            room, slots = max(1, places // width), min(ROWS_PER_GENERATION, len(longest_first))
+        # Longest first, families together.
+        largest_first = sorted(families(prompts), key=lambda family: -max(len(prompts[i]) for i in family.members))
+        waiting = [i for family in largest_first for i in family.members]
+        while waiting:
+            width = max(len(prompts[i]) for i in waiting) + max_new_tokens
+            room, slots = max(1, places // width), min(ROWS_PER_GENERATION, len(waiting))
             # Where memory does not allow as many slots as are wanted, prompts of half the length get their own, and more of them.
-            alike = sum(room >= slots or 2 * (len(prompts[i]) + max_new_tokens) > width for i in longest_first)
-            self._continue(prompts, longest_first[:alike], Cache(min(room, slots), width), max_new_tokens, ended, found, advance)
-            longest_first = longest_first[alike:]
+            alike = [i for i in waiting if room >= slots or 2 * (len(prompts[i]) + max_new_tokens) > width]
+            self._continue(prompts, alike, Cache(min(room, slots), width), max_new_tokens, ended, found, advance)
+            waiting = [i for i in waiting if i not in set(alike)]
         return found
 
     def _cache_bytes(self) -> int:
@@ -243,8 +250,10 @@ class Engine:
             if waiting and free * REFILL >= cache.slots:
                 new = [_Row(waiting.pop())]
                 tokens = len(prompts[new[0].number])
-                while waiting and len(new) < free and tokens + len(prompts[waiting[-1]]) <= TOKENS_PER_PASS:
-                    tokens += len(prompts[waiting[-1]])
+                while waiting and len(new) < free:
+                    tokens += beyond(prompts[new[-1].number], prompts[waiting[-1]])
+                    if tokens > TOKENS_PER_PASS:
+                        break
                     new.append(_Row(waiting.pop()))
                 logits = self.begin([prompts[row.number] for row in new], cache)
                 taken += new
@@ -266,9 +275,15 @@ class Engine:
 
     def begin(self, prompts: Sequence[list[int]], cache: Cache) -> torch.Tensor:
         """Read prompts into free slots; logits of what comes next. [prompts, vocab]"""
-        plan = Trees([(len(prompt), ()) for prompt in prompts], self.device, cache)
-        hidden = self._hidden([token for prompt in prompts for token in prompt], plan)
-        logits: torch.Tensor = self.head(hidden[torch.tensor(plan.starts[1:], device=self.device) - 1])
+        ids: list[int] = []
+        parts: list[Part] = []
+        for family in families(prompts):
+            before = _shared_part(family, prompts[family.members[0]], ids, parts)
+            for i in family.members:
+                ids += prompts[i][family.shared :]
+                parts.append(Part(len(prompts[i]) - family.shared, behind=before, slot=len(cache.lengths) + i))
+        plan = Trees(parts, self.device, cache)
+        logits: torch.Tensor = self.head(self._hidden(ids, plan)[torch.tensor(plan.ends(), device=self.device)])
         return logits
 
     def step(self, tokens: Sequence[int], cache: Cache) -> torch.Tensor:
@@ -309,15 +324,10 @@ def before_stop(text: str, stop: Sequence[str]) -> str:
     return text[: min(ends)].strip() if ends else text
 
 
-def _groups(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices in groups, longest first, each within the budget of tokens or alone."""
-    group: list[int] = []
-    tokens = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if group and tokens + lengths[i] > max_tokens:
-            yield group
-            group, tokens = [], 0
-        group.append(i)
-        tokens += lengths[i]
-    if group:
-        yield group
+def _shared_part(family: Family, prompt: list[int], ids: list[int], parts: list[Part]) -> int | None:
+    """Lay out what the members of a family have in common; returns the number of its part, if there is one."""
+    if not family.shared:
+        return None
+    ids += prompt[: family.shared]
+    parts.append(Part(family.shared))
+    return len(parts) - 1

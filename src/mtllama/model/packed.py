@@ -6,6 +6,7 @@ plan it computes as with transformers' own "sdpa".
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -76,46 +77,80 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Queries `first` to `last` of the item that begins at `start`; of its first `free` places they see all."""
+class Part:
+    """A stretch of the row that is read in one go: a prompt with its answers, or what several prompts begin with."""
 
+    length: int
+    """Tokens of the prompt, those that stand in the part before it not counted."""
+    answers: Sequence[int] = ()
+    """Tokens of each answer."""
+    behind: int | None = None
+    """Number of the part, earlier in the row, that this one goes on from."""
+    slot: int | None = None
+    """Where the keys and values of the prompt are kept in the cache."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Queries `first` to `last` of the part that begins at `start`: they see what it is behind, and of its first `free` places all."""
+
+    before: tuple[int, int]
+    """First and last place of what the part is behind, in the row; empty where it is behind nothing."""
     start: int
     first: int
     last: int
     free: int
     hidden: torch.Tensor  # bool [last - first, last - start - free], what they do not see of the others
 
+    def keys(self, of: torch.Tensor) -> torch.Tensor:
+        """What the queries may look at, of a tensor whose second-last dimension are the row's places (or the only one)."""
+        dim = max(0, of.dim() - 2)
+        own = of.narrow(dim, self.start, self.last - self.start)
+        first, last = self.before
+        return torch.cat([of.narrow(dim, first, last - first), own], dim) if last > first else own
+
 
 class Trees:
-    """Items one behind the other: a prompt sees what stands before it in the prompt, an answer the prompt and itself.
+    """Parts one behind the other: a prompt sees what it is behind and what stands before it in the prompt, an answer all that and itself.
 
-    `items`: the length of each prompt and of each of its answers. With a `cache`, keys and values of the prompts (which
-    have no answers then) are kept in its next free slots.
+    With a `cache`, keys and values of the prompts that have a slot (and no answers then) are kept there, in the next free slots.
     """
 
-    def __init__(self, items: Sequence[tuple[int, Sequence[int]]], device: torch.device, cache: Cache | None = None) -> None:
-        self.device = device
-        self.cache, self.first_slot = cache, len(cache.lengths) if cache else 0
+    def __init__(self, parts: Sequence[Part], device: torch.device, cache: Cache | None = None) -> None:
+        self.device, self.cache, self.parts = device, cache, parts
         self.starts, self.blocks, places, branches = [0], [], [], []
-        for prompt, answers in items:
-            length = prompt + sum(answers)
-            place = torch.arange(length)
+        kept: dict[int, int] = {}
+        for part in parts:
+            length = part.length + sum(part.answers)
+            first, last = self.before(part)
+            place = torch.arange(last - first, last - first + length)
             branch = torch.zeros(length, dtype=torch.int64)  # 0 is the prompt
-            end = prompt
-            for number, answer in enumerate(answers, start=1):
+            end = part.length
+            for number, answer in enumerate(part.answers, start=1):
                 branch[end : end + answer] = number
-                place[end : end + answer] -= end - prompt
+                place[end : end + answer] -= end - part.length
                 end += answer
-            self.blocks += _blocks(self.starts[-1], prompt, branch)
+            self.blocks += _blocks((first, last), self.starts[-1], part.length, branch)
             self.starts.append(self.starts[-1] + length)
             places.append(place)
             branches.append(branch)
+            if part.slot is not None:
+                kept[part.slot] = last - first + part.length
         if cache:
-            cache.lengths += [prompt for prompt, _ in items]
+            cache.lengths += [kept[slot] for slot in sorted(kept)]
         self.positions = torch.cat(places)  # [seq], where each token stands to its model
         self.branches = branches
         self.masks: list[torch.Tensor] = []  # of the blocks; the same for all layers
-        self.batches: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.batches: dict[int | None, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def before(self, part: Part) -> tuple[int, int]:
+        """First and last place in the row of what a part is behind."""
+        return (0, 0) if part.behind is None else (self.starts[part.behind], self.starts[part.behind + 1])
+
+    def ends(self) -> list[int]:
+        """Place of the last token of each prompt that has a slot, in the order of the slots."""
+        found = {part.slot: start + part.length - 1 for part, start in zip(self.parts, self.starts, strict=False) if part.slot is not None}
+        return [found[slot] for slot in sorted(found)]
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
@@ -123,8 +158,12 @@ class Trees:
         """As `Plan` has it."""
         if self.cache:
             keys, values = self.cache.layer(layer, key)
-            for slot, (start, end) in enumerate(zip(self.starts, self.starts[1:], strict=False), start=self.first_slot):
-                keys[slot, :, : end - start], values[slot, :, : end - start] = key[:, start:end], value[:, start:end]
+            for part, (start, end) in zip(self.parts, itertools.pairwise(self.starts), strict=True):
+                if part.slot is not None:
+                    first, last = self.before(part)
+                    for to, tensor in ((keys[part.slot], key), (values[part.slot], value)):
+                        to[:, : last - first] = tensor[:, first:last]
+                        to[:, last - first : last - first + end - start] = tensor[:, start:end]
         by_blocks = query.device.type == "cpu"
         return (self._by_blocks if by_blocks else self._padded)(query, key, value, scale, window)
 
@@ -138,43 +177,53 @@ class Trees:
         if not self.masks:
             self.masks = [_added(block.hidden, query.dtype) for block in self.blocks]
         for block, mask in zip(self.blocks, self.masks, strict=True):
-            rows, keys = block.last - block.first, block.last - block.start
             q = query[:, block.first : block.last].reshape(len(key), -1, dim)  # [kv_heads, groups * rows, dim]
-            k, v = key[:, block.start : block.last], value[:, block.start : block.last]
+            k, v = block.keys(key), block.keys(value)
+            rows, keys = block.last - block.first, k.shape[1]
             scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)  # [kv_heads, groups * rows, keys]
             seen = scores.view(heads, rows, keys)
-            seen[:, :, block.free :] += mask
+            seen[:, :, keys - mask.shape[1] :] += mask
             if window and keys > window:
-                mine, theirs = self.positions[block.first : block.last], self.positions[block.start : block.last]
+                mine, theirs = self.positions[block.first : block.last], block.keys(self.positions)
                 seen.masked_fill_(mine[:, None] - theirs >= window, -torch.inf)
             out[block.first : block.last] = torch.bmm(scores.softmax(-1), v).view(heads, rows, dim).transpose(0, 1)
         return out
 
     def _padded(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
         """By torch's own attention, the items side by side: few calls, which is what counts on a GPU."""
-        index, mask = self._batch(window)
+        index, mask, own = self._batch(window)
         q, k, v = (each[:, index].transpose(0, 1) for each in (query, key, value))  # [items, heads, longest, dim]
         groups = len(query) // len(key)
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)  # [items, longest, heads, dim]
-        own = torch.cat([torch.arange(len(branch)) + row * index.shape[1] for row, branch in enumerate(self.branches)])
-        return out.flatten(0, 1)[own.to(self.device)]
+        return out.flatten(0, 1)[own]
 
-    def _batch(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places of the items' tokens in the row [items, longest], and whom they see [items, 1, longest, longest]."""
+    def _batch(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Places in the row of what the parts are behind and of their own tokens [parts, longest], whom they see
+        [parts, 1, longest, longest], and where their own tokens are among all of these [seq].
+        """
         if window in self.batches:
             return self.batches[window]
-        longest = max(len(branch) for branch in self.branches)
-        index = torch.zeros(len(self.branches), longest, dtype=torch.int64)
-        mask = torch.eye(longest, dtype=torch.bool).repeat(len(self.branches), 1, 1)  # a filler sees itself: no row may be empty
-        for row, (start, branch) in enumerate(zip(self.starts, self.branches, strict=False)):
-            own = slice(start, start + len(branch))
-            index[row, : len(branch)] = torch.arange(start, start + len(branch))
-            seen = ~_hidden(branch, branch, 0)
+        rows, kinds = [], []
+        for part, start, branch in zip(self.parts, self.starts, self.branches, strict=False):
+            first, last = self.before(part)
+            rows.append(torch.cat([torch.arange(first, last), torch.arange(start, start + len(branch))]))
+            kinds.append(torch.cat([branch.new_zeros(last - first), branch]))
+        longest = max(map(len, rows))
+        index = torch.zeros(len(rows), longest, dtype=torch.int64)
+        mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)  # a filler sees itself: no row may be empty
+        for number, (row, kind) in enumerate(zip(rows, kinds, strict=True)):
+            index[number, : len(row)] = row
+            seen = ~_hidden(kind, kind, 0)
             if window:
-                seen &= self.positions[own, None] - self.positions[None, own] < window
-            mask[row, : len(branch), : len(branch)] = seen
-        self.batches[window] = index.to(self.device), mask[:, None].to(self.device)
+                places = self.positions[row]
+                seen &= places[:, None] - places < window
+            mask[number, : len(row), : len(row)] = seen
+        own = [
+            torch.arange(len(row) - len(branch), len(row)) + number * longest
+            for number, (row, branch) in enumerate(zip(rows, self.branches, strict=True))
+        ]
+        self.batches[window] = index.to(self.device), mask[:, None].to(self.device), torch.cat(own).to(self.device)
         return self.batches[window]
 
 
@@ -216,16 +265,16 @@ class Step:
         return self.masks[window]
 
 
-def _blocks(start: int, prompt: int, branch: torch.Tensor) -> list[_Block]:
-    """The blocks of one item: those of the prompt, whose first places all see whole blocks before them, then those of the answers."""
+def _blocks(before: tuple[int, int], start: int, prompt: int, branch: torch.Tensor) -> list[_Block]:
+    """The blocks of one part: those of the prompt, whose first places all see whole blocks before them, then those of the answers."""
     blocks = []
     for first in range(0, prompt, ROWS):
         last = min(first + ROWS, prompt)
-        blocks.append(_Block(start, start + first, start + last, first, _above(last - first)))
+        blocks.append(_Block(before, start, start + first, start + last, first, _above(last - first)))
     for first in range(prompt, len(branch), ROWS):
         last = min(first + ROWS, len(branch))
         hidden = _hidden(branch[first:last], branch[prompt:last], first - prompt)
-        blocks.append(_Block(start, start + first, start + last, prompt, hidden))
+        blocks.append(_Block(before, start, start + first, start + last, prompt, hidden))
     return blocks
 
 
