@@ -2,8 +2,8 @@
 
     python benchmarks/serve.py [--model smollm2-135m] [--requests 32] [--concurrent 16] [--new-tokens 64] [--out FILE]
 
-Every server runs in a process of its own, one at a time, on the same folder, in bf16, on a loopback port, and is asked over HTTP the same
-prompts of the embedded data through `/v1/completions`, greedy and streamed:
+Every server runs in a process of its own, one at a time, on the same folder, in the same dtype (bf16 where the processor multiplies it, else
+float32), on a loopback port, and is asked over HTTP the same prompts of the embedded data through `/v1/completions`, greedy and streamed:
 
 mtllama              `mtllama serve`
 transformers         `transformers serve` with its defaults: one request after the other
@@ -19,6 +19,7 @@ is told as such. The last line of the output is one JSON document.
 import argparse
 import asyncio
 import json
+import math
 import os
 import socket
 import statistics
@@ -192,15 +193,17 @@ def main() -> None:
     options = parser.parse_args()
 
     from mtllama.model.find import find_model, load_tokenizer
+    from mtllama.model.load import cpu_has_bf16
     from mtllama.weights.shards import CheckpointReader
 
     folder = find_model(options.model).folder
     reader, tokenizer = CheckpointReader(folder), load_tokenizer(folder)
-    num_bytes = sum(reader.info(name).num_bytes for name in reader)
+    dtype, width = ("bfloat16", 2) if cpu_has_bf16() else ("float32", 4)
+    num_bytes = sum(math.prod(reader.info(name).shape) for name in reader) * width
     rate, asked = read_rate(), prompts(options.requests)
     lengths = [len(tokenizer(prompt).input_ids) for prompt in asked]
     bin_dir = Path(sys.executable).parent
-    theirs = [str(bin_dir / "transformers"), "serve", str(folder), "--device", "cpu", "--dtype", "bfloat16"]
+    theirs = [str(bin_dir / "transformers"), "serve", str(folder), "--device", "cpu", "--dtype", dtype]
     paged = [
         "--continuous-batching",
         "--cb-block-size",
@@ -212,7 +215,7 @@ def main() -> None:
         "--no-cb-use-cuda-graph",
     ]
     servers = {
-        "mtllama": ([sys.executable, "-m", "mtllama", "serve", str(folder), "--dtype", "bfloat16", "--name", str(folder)], str(folder)),
+        "mtllama": ([sys.executable, "-m", "mtllama", "serve", str(folder), "--dtype", dtype, "--name", str(folder)], str(folder)),
         "transformers": (theirs, str(folder)),
         "transformers, cb": ([*theirs, *paged], str(folder)),
     }
@@ -222,7 +225,7 @@ def main() -> None:
         "python": sys.version.split()[0],
         "versions": {name: metadata.version(name).split("+")[0] for name in ("mtllama", "torch", "transformers", "fastapi", "uvicorn")},
         "model": options.model,
-        "setting": {"requests": options.requests, "concurrent": options.concurrent, "new_tokens": options.new_tokens, "dtype": "bfloat16"},
+        "setting": {"requests": options.requests, "concurrent": options.concurrent, "new_tokens": options.new_tokens, "dtype": dtype},
         "prompt_tokens": {"median": statistics.median(lengths), "longest": max(lengths), "sum": sum(lengths)},
         "floor": {
             "read_gb_per_second": round(rate / 1e9, 1),
