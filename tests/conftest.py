@@ -26,6 +26,13 @@ hypothesis.settings.load_profile("mtllama")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Only tests that ask for a GPU (`-m gpu`) see one: the others say what is so on a CPU, on every machine."""
+    asked = str(config.getoption("markexpr"))
+    if "gpu" not in asked or "not gpu" in asked:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def corpus() -> list[str]:
     """Text to train tiny tokenizers on: the sampler's own."""
     rows = (sampler_dir() / "adversarial_qa_dbert" / "train.jsonl").read_text(encoding="utf-8").splitlines()
