@@ -370,6 +370,63 @@ def test_the_table_groups_tasks_and_shows_interval_exact_match_and_unparsed(base
     assert "unparsed" not in by_job["sst2", "rank"] and lines.index(by_job["copa", "rank"]) > lines.index("Unseen tasks")
 
 
+def of_sets(right: str, task: str = "cb", *, ways: Sequence[str] = ("score",)) -> list[dict[str, Any]]:
+    """A task that has a metric of its whole set; what is not right is called No."""
+    records = []
+    for i, c in enumerate(right):
+        gold = i % 2
+        picked = gold if int(c) else 0
+        for kind in ways:
+            record = choice_record(task, kind, i, int(picked == gold), prediction="neither")
+            records.append(record | {"metrics": ["accuracy", "macro-f1"]})
+    return records
+
+
+def test_metrics_of_whole_sets_are_compared_in_the_report_and_its_numbers(tmp_path: Path) -> None:
+    before, after = "1010" * 10, "1011" * 10
+    others = records_of(SST2_BASE, COPA_BASE, SQUAD_BASE)
+    kinds = ("score", "generate")
+    base = save_run(tmp_path / "base", [*of_sets(before, ways=kinds), *of_sets(before, "rte"), *others], "Pico")
+    tuned = save_run(tmp_path / "tuned", [*of_sets(after, ways=kinds), *of_sets(before, "rte"), *others], "Tuned")
+    write_report([base, tuned], tmp_path / "out")
+    (comparison,) = json.loads((tmp_path / "out" / "comparison.json").read_text())["comparisons"]
+    rows = {(row["task"], row["protocol"]): row for row in comparison["sets"]}
+    assert set(rows) == {("cb", "rank"), ("cb", "generate"), ("rte", "rank")} and len(comparison["tasks"]) == 7
+    cb = rows["cb", "rank"]
+    assert (cb["metric"], cb["num_items"], cb["role"]) == ("macro-f1", 40, "unseen task")
+    assert cb["base"] == pytest.approx(100 / 3)  # always No: F1 of No 2/3, of Yes 0
+    assert cb["tuned"] == pytest.approx(100 * (4 / 5 + 2 / 3) / 2)  # 20 and 10 right of 20 each
+    assert cb["difference"] == cb["tuned"] - cb["base"] and cb["ci95"][0] < cb["difference"] < cb["ci95"][1]
+    assert cb["p"] == pytest.approx(1 / 1001, abs=0.004) and cb["p_holm"] == pytest.approx(2 * cb["p"])
+    assert (rows["rte", "rank"]["difference"], rows["rte", "rank"]["p"]) == (0, 1.0)
+    assert rows["cb", "generate"]["p_holm"] == rows["cb", "generate"]["p"], "one task alone has nothing to be adjusted for"
+    markdown, page = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("md", "html"))
+    shown = markdown[markdown.index("**Metrics of whole sets**") :]
+    assert re.search(r"\| cb \| rank \| macro-f1 \| 40 \| 33\.3 \| 73\.3 \| \*\*\+40\.0\*\* \[\+\d.*?\] \| [<0].*? Holm ", shown)
+    assert re.search(r"\| rte \| rank \| macro-f1 \| 40 \| 33\.3 \| 33\.3 \| \+0\.0 \[\+0\.0, \+0\.0\] \| 1\.000 Holm 1\.000 \|", shown)
+    assert markdown.count("**Metrics of whole sets**") == page.count("<span>Metrics of whole sets<") == 2  # and under the other protocols
+    assert "| cb | generate | macro-f1 | 40 |" in markdown[markdown.index("Runs compared under the other protocols") :]
+    assert "Macro-F1 and BLEU are of a whole set" in markdown and "Macro-F1 and BLEU are of a whole set" in page
+    line = next(
+        line for line in table([read_run(base)[0], read_run(tuned)[0]]).splitlines() if line.startswith("cb  ") and " rank " in line
+    )
+    assert re.search(r"50\.0 \[.*?\] macro-f1 33\.3 \[.*?\] +75\.0 \[.*?\] macro-f1 73\.3 \[.*?\]$", line)
+
+
+def test_a_report_without_metrics_of_whole_sets_does_not_speak_of_them(base: Path, tuned: Path, tmp_path: Path) -> None:
+    write_report([base, tuned], tmp_path / "out")
+    assert "whole set" not in (tmp_path / "out" / "report.md").read_text()
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["comparisons"][0]["sets"] == []
+
+
+def test_metrics_of_whole_sets_are_compared_run_by_run(tmp_path: Path) -> None:
+    folders = [save_run(tmp_path / right[:4], of_sets(right), "Pico") for right in ("1010" * 10, "1011" * 10, "1111" * 10)]
+    write_report(folders, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert re.search(r"\*\*Metrics of whole sets, run 2\*\*\n\n.*\n.*\n\| cb \| rank \| macro-f1 \| 40 \| 33\.3 \| 73\.3 \|", text)
+    assert re.search(r"\*\*Metrics of whole sets, run 3\*\*\n\n.*\n.*\n\| cb \| rank \| macro-f1 \| 40 \| 33\.3 \| 100\.0 \|", text)
+
+
 RANKED, MEANED = "1101" * 5, "1011" * 5
 """Right answers of two protocols: of every four items they agree on the first and the last."""
 

@@ -39,7 +39,22 @@ def test_every_task_and_protocol_is_there_with_the_whole_schema(run: tuple[dict,
     assert list(results["tasks"]) == list(SUITES["sampler"].tasks)
     assert {"model", "format", "dtype", "boundary", "templates", "seed", "limit", "data_sha256", "versions"} <= results.keys()
     assert results["model"]["weights_sha256"] and results["boundary"]["end_ids"] == [2]
-    keys = {"metric", "value", "ci95", "n", "rows", "chance", "majority", "unparsed", "not_found", "cut", "split", "templates", "protocol"}
+    keys = {
+        "metric",
+        "value",
+        "ci95",
+        "set_ci95",
+        "n",
+        "rows",
+        "chance",
+        "majority",
+        "unparsed",
+        "not_found",
+        "cut",
+        "split",
+        "templates",
+        "protocol",
+    }
     for task, by_protocol in results["tasks"].items():
         mended = {"mt-llama-glue"} if task == "mnli" else set()
         ranks = set() if task == "squad" else set(protocols.RANKS)
@@ -49,6 +64,7 @@ def test_every_task_and_protocol_is_there_with_the_whole_schema(run: tuple[dict,
             assert result["n"] == result["rows"] == len(of(records, task, protocol)) == 12
             assert result["value"] == result[result["metric"]]
             assert result["ci95"][0] <= result["value"] <= result["ci95"][1]
+            assert result["set_ci95"] == result["templates"]["mt-llama"]["set_ci95"] == {}  # none of these has a metric of a whole set
             assert result["templates"]["mt-llama"]["value"] == result["value"] == result["over_templates"]["median"]
     assert results["tasks"]["squad"]["generate"]["metric"] == "f1" and "em" in results["tasks"]["squad"]["generate"]
     assert results["tasks"]["openbookqa"]["rank"]["chance"] == 25.0

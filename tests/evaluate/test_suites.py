@@ -100,20 +100,49 @@ def test_several_templates_give_mean_median_quartiles_and_spread() -> None:
     assert result["value"] == result["accuracy"] == pytest.approx(42.5) and (result["n"], result["rows"]) == (40, 8)
 
 
-def test_metrics_of_a_whole_set_are_computed_template_by_template() -> None:
-    def asked(template: str, picked: Sequence[int]) -> list[dict[str, Any]]:
-        golds = (0, 0, 1, 1)
-        return [
-            rendering(template, row, True)
-            | {"metrics": ["accuracy", "macro-f1"], "gold_index": gold, "gold": "ab"[gold]}
-            | {"logprobs": [[-1.0 - pick], [-2.0 + pick]]}
-            for row, (pick, gold) in enumerate(zip(picked, golds, strict=True))
-        ]
+def asked(template: str, picked: Sequence[int], golds: Sequence[int] = (0, 0, 1, 1)) -> list[dict[str, Any]]:
+    """Rows that are judged by their whole set, too, and what was picked."""
+    return [
+        rendering(template, row, True)
+        | {"metrics": ["accuracy", "macro-f1"], "gold_index": gold, "gold": "ab"[gold]}
+        | {"logprobs": [[-1.0 - pick], [-2.0 + pick]]}
+        for row, (pick, gold) in enumerate(zip(picked, golds, strict=True))
+    ]
 
+
+def test_metrics_of_a_whole_set_are_computed_template_by_template() -> None:
     result = runner.summarize([*asked("one", (0, 0, 1, 1)), *asked("two", (0, 0, 0, 1))], "rank")
     two = 100 * (2 * 2 / 5 + 2 * 1 / 3) / 2  # F1 of the first class 4/5, of the second 2/3
     assert result["templates"]["two"]["macro-f1"] == pytest.approx(two) and result["templates"]["two"]["accuracy"] == 75.0
     assert result["macro-f1"] == pytest.approx((100 + two) / 2) and result["metric"] == "accuracy" and result["value"] == 87.5
+
+
+def test_metrics_of_a_whole_set_have_intervals_of_their_own_overall_and_for_each_template() -> None:
+    golds = [row % 2 for row in range(40)]
+    mostly = [gold if row % 4 else 0 for row, gold in enumerate(golds)]
+    result = runner.summarize([*asked("all", golds, golds), *asked("most", mostly, golds), *asked("none", [0] * 40, golds)], "rank")
+    by_template = {name: template["set_ci95"]["macro-f1"] for name, template in result["templates"].items()}
+    assert by_template["all"] == [100.0, 100.0]
+    low, high = by_template["none"]  # always the first class: half of an F1 of about 2/3
+    assert 25 < low < 100 / 3 < high < 42
+    low, high = result["set_ci95"]["macro-f1"]
+    assert low < result["macro-f1"] < high and [low, high] not in by_template.values() and [low, high] != result["ci95"]
+    assert set(result["set_ci95"]) == {"macro-f1"}
+
+
+def test_a_template_without_choices_says_nothing_about_macro_f1_and_the_others_do() -> None:
+    golds = [row % 2 for row in range(12)]
+    answers = asked("choices", [0] * 12, golds)
+    texts = [
+        record | {"template": "text", "choices": None, "gold_index": None, "references": [record["gold"]], "kind": "generate", "text": "a"}
+        for record in answers
+    ]
+    chosen = [record | {"kind": "generate", "text": "a"} for record in answers]
+    result = runner.summarize([*texts, *chosen], "generate")
+    assert "macro-f1" not in result["templates"]["text"] and result["templates"]["text"]["set_ci95"] == {}
+    assert result["macro-f1"] == result["templates"]["choices"]["macro-f1"] == pytest.approx(100 / 3)
+    assert result["set_ci95"] == result["templates"]["choices"]["set_ci95"] != {}
+    assert result["accuracy"] == 50.0 and result["n"] == 24
 
 
 def test_the_interval_over_templates_is_over_rows_not_over_their_renderings() -> None:

@@ -13,6 +13,7 @@ from mtllama.evaluate import metrics, protocols, stats
 from mtllama.evaluate.journal import RECORDS
 from mtllama.evaluate.protocols import Record
 from mtllama.evaluate.runner import read_run
+from mtllama.evaluate.sets import SetDifference, set_difference, set_metrics
 from mtllama.tasks.catalog import find_tasks
 
 ROLES = ("unseen data set", "unseen task", "train")
@@ -74,6 +75,8 @@ class Comparison:
     base: str
     tuned: str
     tasks: tuple[Difference, ...]
+    sets: tuple[SetDifference, ...]
+    """The metrics of whole sets, of every task and protocol that has one."""
     means: tuple[Mean, ...]
     unmatched: tuple[str, ...]
     """Tasks (and protocols) that only one of the runs has."""
@@ -104,7 +107,7 @@ class Agreement:
     """Adjusted over the tasks that have both protocols."""
 
 
-Row = TypeVar("Row", Difference, Agreement)
+Row = TypeVar("Row", Difference, Agreement, SetDifference)
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,13 @@ class Run:
     def ways(self, task: str) -> list[str]:
         """The protocols that judged a task."""
         return [protocol for name, protocol in self.jobs if name == task]
+
+    def answers(self, job: Job) -> dict[str, dict[tuple[str, int], metrics.Answer]]:
+        """What each item was answered, by template."""
+        found: dict[str, dict[tuple[str, int], metrics.Answer]] = {}
+        for (item, template, turn), record in self.jobs[job].items():
+            found.setdefault(template, {})[item, turn] = protocols.answer(record)
+        return found
 
     def values(self, job: Job) -> dict[tuple[str, int], list[float]]:
         """What each item adds to the task's metric, one value a template."""
@@ -184,7 +194,7 @@ def compare(base: Run, tuned: Run, *, advance: Callable[..., None] = lambda num=
         _require_same_items(job, base.jobs[job], tuned.jobs[job])
         pairs[job] = _Pairs.of(base.values(job), tuned.values(job))
         advance(note=job[0])
-    tasks, means = [], []
+    tasks, whole, means = [], [], []
     for role, group in by_role(jobs):
         for job in group:
             result = base.results["tasks"][job[0]][job[1]]
@@ -192,6 +202,9 @@ def compare(base: Run, tuned: Run, *, advance: Callable[..., None] = lambda num=
             before, after = tested.pop("before"), tested.pop("after")
             guesses = {key: result[key] for key in ("metric", "chance", "majority")}
             tasks.append(Difference(role=role, task=job[0], protocol=job[1], base=before, tuned=after, p_holm=1.0, **guesses, **tested))
+            names = next(iter(base.jobs[job].values()))["metrics"]
+            answers = base.answers(job), tuned.answers(job)
+            whole += [set_difference(role, *job, name, *answers) for name in set_metrics(names, answers[0])]
         chosen = primary(group)
         every = [pairs[job].differences for job in chosen]
         before = 100 * float(np.mean([pairs[job].before.mean() for job in chosen]))
@@ -202,7 +215,14 @@ def compare(base: Run, tuned: Run, *, advance: Callable[..., None] = lambda num=
     unmatched = tuple(
         f"{task} ({protocol})" for task, protocol in dict.fromkeys((*base.jobs, *tuned.jobs)) if (task, protocol) not in pairs
     )
-    return Comparison(base.name, tuned.name, tuple(_adjusted(tasks, lambda row: row.protocol)), tuple(means), unmatched)
+    return Comparison(
+        base.name,
+        tuned.name,
+        tuple(_adjusted(tasks, lambda row: row.protocol)),
+        tuple(_adjusted(whole, lambda row: (row.protocol, row.metric))),
+        tuple(means),
+        unmatched,
+    )
 
 
 def agreements(run: Run, *, advance: Callable[..., None] = lambda num=1, note="": None) -> list[Agreement]:

@@ -48,10 +48,20 @@ class OverSet:
     """What each answer counts for: (answers, counts)."""
     value: Callable[[Counts], float]
     """The metric of a set's added counts: (counts,) -> a share."""
+    of_choices: bool = False
+    """Says nothing of answers to a prompt without choices."""
 
     def __call__(self, answers: Sequence[Answer]) -> float:
         """The metric of a set of answers."""
         return self.value(self.counts(answers).sum(axis=0))
+
+    def resampled(self, counts: Counts, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The metric of many sets made of the same answers: of set b, which has answer i `weights[b, i]` times.
+
+        counts: (answers, counts), what `counts` gave for the answers: of an answer it is counted once, so that a bootstrap
+        sample of BLEU costs a sum. weights: (sets, answers), no row of zeros.
+        """
+        return np.array([self.value(added) for added in weights @ counts])
 
 
 @dataclass(frozen=True)
@@ -64,20 +74,10 @@ class Metric:
 
     def value(self, answers: Sequence[Answer]) -> float:
         """The metric of a set of answers, at least one."""
-        return float(self.resampled(answers, np.ones((1, len(answers))))[0])
-
-    def resampled(self, answers: Sequence[Answer], weights: NDArray[Any]) -> NDArray[np.float64]:
-        """The metric of many sets made of the same answers: of set b, which has answer i `weights[b, i]` times.
-
-        weights: (sets, answers), no row of zeros. What is counted of an answer is counted once, so that thousands of
-        bootstrap samples of BLEU cost no more than one, and a sum each.
-        """
-        weights = np.asarray(weights, dtype=np.float64)
         if self.over_set is not None:
-            return np.array([self.over_set.value(added) for added in weights @ self.over_set.counts(answers)])
+            return self.over_set(answers)
         assert self.per_item is not None
-        means: NDArray[np.float64] = weights @ np.array([self.per_item(answer) for answer in answers]) / weights.sum(axis=1)
-        return means
+        return sum(map(self.per_item, answers)) / len(answers)
 
 
 # --- words of an answer
@@ -247,7 +247,7 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("accuracy", per_item=_accuracy),
-        Metric("macro-f1", over_set=OverSet(_confusion, _macro_f1)),
+        Metric("macro-f1", over_set=OverSet(_confusion, _macro_f1, of_choices=True)),
         Metric("f1", per_item=_overlap(f1)),
         Metric("em", per_item=_overlap(exact_match)),
         *(Metric(f"mlqa-f1-{language}", per_item=_overlap(f1, language)) for language in MLQA_LANGUAGES),

@@ -100,12 +100,15 @@ def judge(record: Record, protocol: str) -> Judgement:
 
 
 def _judgement(record: Record, text: str, chosen: int | None, **more: Any) -> Judgement:
-    choices, gold, references = record["choices"], record["gold_index"], tuple(record["references"])
-    # By text: where two choices read the same, either is right.
-    same = None if chosen is None else choices.index(choices[chosen])
-    answer = metrics.Answer(text, references, same, gold)
-    right = same == gold if choices is not None else bool(metrics.exact_match(text, references))
+    answer = _answer(record, text, chosen)
+    right = answer.chosen == answer.gold if record["choices"] is not None else bool(metrics.exact_match(text, answer.references))
     return Judgement(chosen, text, answer, metrics.item_values(record["metrics"], answer), right, **more)
+
+
+def _answer(record: Record, text: str, chosen: int | None) -> metrics.Answer:
+    # By text: where two choices read the same, either is right.
+    same = None if chosen is None else record["choices"].index(record["choices"][chosen])
+    return metrics.Answer(text, tuple(record["references"]), same, record["gold_index"])
 
 
 def view(record: Record, protocol: str) -> Record:
@@ -126,6 +129,11 @@ def view(record: Record, protocol: str) -> Record:
 def value(viewed: Record, metric: str) -> float:
     """What a record under a protocol adds to a metric, from 0 to 1."""
     return float(viewed["values"][metric])
+
+
+def answer(viewed: Record) -> metrics.Answer:
+    """What a record under a protocol answers, as metrics of a whole set take it."""
+    return _answer(viewed, viewed["prediction"], viewed["predicted_index"])
 
 
 def _sums(record: Record, key: str = "logprobs") -> list[float]:

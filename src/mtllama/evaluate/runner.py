@@ -16,11 +16,10 @@ import numpy as np
 from mtllama import config as configs
 from mtllama import folders
 from mtllama.errors import UserError
-from mtllama.evaluate import protocols, stats
+from mtllama.evaluate import protocols, sets, stats
 from mtllama.evaluate.ask import MAX_NEW_TOKENS, ask, boundary
 from mtllama.evaluate.items import EvalConfig, Item, TaskItems, load_items
 from mtllama.evaluate.journal import RECORDS, Block, Journal, Ranks, json_line
-from mtllama.evaluate.metrics import METRICS
 from mtllama.evaluate.protocols import PMI, Judgement, Kind, Record
 from mtllama.model.engine import Answering
 from mtllama.progress import progress, say
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 RESULTS = "results.json"
-MACRO_F1 = "macro-f1"
 BLOCK = 256
 """Renderings that are asked in one go: enough to sort by length, few enough that a kill loses little."""
 
@@ -195,7 +193,12 @@ def summarize(records: Sequence[Record], protocol: str) -> dict[str, Any]:
     by_template: dict[str, list[tuple[Record, Judgement]]] = {}
     for record, judgement in judged:
         by_template.setdefault(record["template"], []).append((record, judgement))
-    templates = {name: _summary(group) for name, group in by_template.items()}
+    answers = {name: {record["row"]: judgement.answer for record, judgement in group} for name, group in by_template.items()}
+    of_set = sets.set_values(records[0]["metrics"], answers)
+    templates = {
+        name: _summary(group, {metric: each.templates[name] for metric, each in of_set.items() if name in each.templates})
+        for name, group in by_template.items()
+    }
     metric = next(iter(judged[0][1].values))
     by_row: dict[int, list[float]] = {}
     for record, judgement in judged:
@@ -207,6 +210,7 @@ def summarize(records: Sequence[Record], protocol: str) -> dict[str, Any]:
         name: _mean([template.get(name) for template in each]) for name in dict.fromkeys(name for t in each for name in t["metrics"])
     }
     result |= {"value": result[metric], "ci95": [100 * low, 100 * high], "n": len(judged), "rows": len(by_row)}
+    result["set_ci95"] = {name: list(each.overall.ci95) for name, each in of_set.items()}
     result |= {name: _mean([template[name] for template in each]) for name in ("chance", "majority")}
     result |= {name: sum(template[name] for template in each) for name in ("unparsed", "not_found", "cut")}
     return result | {"over_templates": _spread([template["value"] for template in each]), "templates": templates}
@@ -232,13 +236,14 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _summary(judged: Sequence[tuple[Record, Judgement]]) -> dict[str, Any]:
-    """The result of one template."""
+def _summary(judged: Sequence[tuple[Record, Judgement]], of_set: dict[str, sets.SetValue]) -> dict[str, Any]:
+    """The result of one template; `of_set`: the metrics that only its whole set has."""
     judgements = [judgement for _, judgement in judged]
     metric = next(iter(judgements[0].values))
     low, high = stats.interval([judgement.values[metric] for judgement in judgements])
-    values = {name: _metric(name, judgements) for name in judged[0][0]["metrics"]}
-    result: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    values = {name: 100 * sum(judgement.values[name] for judgement in judgements) / len(judgements) for name in judgements[0].values}
+    values |= {name: each.value for name, each in of_set.items()}
+    result: dict[str, Any] = {name: values[name] for name in judged[0][0]["metrics"] if name in values}
     ranked = [record for record, _ in judged if record["choices"]]
     golds = Counter(record["gold_index"] for record in ranked)
     return result | {
@@ -246,6 +251,7 @@ def _summary(judged: Sequence[tuple[Record, Judgement]]) -> dict[str, Any]:
         "metrics": list(result),
         "value": result[metric],
         "ci95": [100 * low, 100 * high],
+        "set_ci95": {name: list(each.ci95) for name, each in of_set.items()},
         "n": len(judged),
         "chance": 100 * sum(1 / len(record["choices"]) for record in ranked) / len(ranked) if ranked else None,
         "majority": 100 * max(golds.values()) / len(ranked) if ranked else None,
@@ -253,14 +259,6 @@ def _summary(judged: Sequence[tuple[Record, Judgement]]) -> dict[str, Any]:
         "not_found": sum(judgement.not_found for judgement in judgements),
         "cut": sum(record["cut"] for record, _ in judged),
     }
-
-
-def _metric(name: str, judgements: Sequence[Judgement]) -> float | None:
-    """A metric in percent, of the items or of their set; none where it is of choices and there are none."""
-    answers = [judgement.answer for judgement in judgements]
-    if name in judgements[0].values:
-        return 100 * sum(judgement.values[name] for judgement in judgements) / len(judgements)
-    return 100 * METRICS[name].value(answers) if all(answer.gold is not None for answer in answers) or name != MACRO_F1 else None
 
 
 def _with_and_without(records: Sequence[Record], protocol: str, found: Collection[int]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mtllama.evaluate import stats
 from mtllama.evaluate.compare import Agreement, Comparison, Difference, Job, Key, Mean, Run, by_role, differing, jobs_of, primary
 from mtllama.evaluate.page import Cell, Grid, Picture, Reading, Section
 from mtllama.evaluate.protocols import Record, value
+from mtllama.evaluate.sets import SetDifference
 from mtllama.tasks.catalog import SAMPLER, find_tasks
 from mtllama.tasks.files import read_rows
 
@@ -64,12 +65,13 @@ def number_of(results: Iterable[dict[str, Any] | None], key: str = "n") -> str:
 
 
 def value_cell(result: dict[str, Any] | None) -> Cell:
-    """The value, and beside it interval, exact match and answers that could not be read."""
+    """The value, and beside it interval, exact match, metrics of the whole set and answers that could not be read."""
     if result is None:
         return NOTHING
     extras = [_interval(result["ci95"])]
     if "em" in result:
         extras.append(f"EM {result['em']:.1f}")
+    extras += [f"{name} {result[name]:.1f} {_interval(ends)}" for name, ends in result.get("set_ci95", {}).items()]
     extras += [f"{result[key]} {said}" for key, said in (("unparsed", "unparsed"), ("not_found", "not found")) if result.get(key)]
     return Cell(percent(result["value"]), tuple(extras))
 
@@ -92,6 +94,8 @@ def results(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Section:
         other = "other run" if len(runs) > 2 else runs[1].label
         grids.append(Grid("Means over tasks", ("mean over", "tasks", "items", "base", other, "difference", "p"), rows))
     grids += [_task_grid(GROUPS[role], group, runs, comparisons) for role, group in by_role(jobs)]
+    of_sets = _set_grids(jobs, runs, comparisons)
+    grids += of_sets
     paragraphs = [
         f"All values are percent. A mean is over the tasks of its group, each by its primary measure: {MEASURE}.",
         "Chance is what guessing gets, majority what always giving the most frequent answer gets. Intervals are 95%: Clopper-Pearson "
@@ -108,6 +112,12 @@ def results(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Section:
             "that a test with as many items, as much at odds, would find four times out of five (power 80%, level 5%, before Holm). "
             "Smaller ones are likely to be missed.",
         ]
+    if of_sets:
+        paragraphs.append(
+            "Macro-F1 and BLEU are of a whole set, and no item has a value of its own. Their differences are paired, too: the interval is of "
+            "the bootstrap that draws the same items for both runs, p of random swaps of the two runs' answers to an item, Holm's p over the "
+            "tasks of the same protocol."
+        )
     return Section("Results", paragraphs, pictures=pictures, grids=grids)
 
 
@@ -201,9 +211,8 @@ def ways(runs: Sequence[Run], comparisons: Sequence[Comparison], agreed: Sequenc
         for way in used:
             same = [job for job in jobs if job[1] == way and job not in first_ways]
             if same:
-                readings.append(
-                    Reading("Runs compared under the other protocols", way, [], [_task_grid(f"By {way}", same, runs, comparisons)])
-                )
+                compared = [_task_grid(f"By {way}", same, runs, comparisons), *_set_grids(same, runs, comparisons)]
+                readings.append(Reading("Runs compared under the other protocols", way, [], compared))
     for task in tasks:
         readings += [_disagreement(run, task, pairs) for run, pairs in zip(runs, agreed, strict=True) if len(run.ways(task)) > 1]
     return Section("Protocols", paragraphs, terms, pictures=pictures, grids=grids, readings=readings)
@@ -621,7 +630,7 @@ def _tasks(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(task for _, group in by_role(jobs) for task, _ in group))
 
 
-def _difference(row: Difference | Mean | Agreement) -> list[Cell]:
+def _difference(row: Difference | Mean | Agreement | SetDifference) -> list[Cell]:
     """The difference, bold where it is significant, and its p; for one of several tasks, by Holm's p beside it."""
     holm = None if isinstance(row, Mean) else row.p_holm
     sure = (row.p if holm is None else holm) < LEVEL
@@ -649,6 +658,24 @@ def _task_grid(title: str, jobs: Sequence[Job], runs: Sequence[Run], comparisons
             row += [*_difference(found), *_odds(found)] if found else [NOTHING] * 4
         rows.append(row)
     return Grid(title, tuple(head), rows)
+
+
+def _set_grids(jobs: Sequence[Job], runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[Grid]:
+    """The metrics of whole sets of these jobs, compared: a table for each run that base is compared with, where there are any."""
+    grids = []
+    for run, comparison in zip(runs[1:], comparisons, strict=True):
+        rows = [
+            [
+                *map(Cell, (row.task, row.protocol, row.metric, str(row.num_items), percent(row.base), percent(row.tuned))),
+                *_difference(row),
+            ]
+            for row in comparison.sets
+            if (row.task, row.protocol) in jobs
+        ]
+        if rows:
+            title = "Metrics of whole sets" + (f", {run.label}" if len(runs) > 2 else "")
+            grids.append(Grid(title, ("task", "by", "metric", "items", runs[0].label, run.label, "difference", "p"), rows))
+    return grids
 
 
 def _bars(runs: Sequence[Run], jobs: Sequence[Job], name: str, caption: str) -> Picture:
