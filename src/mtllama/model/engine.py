@@ -15,6 +15,7 @@ import torch
 
 from mtllama.data.prompt import PromptEncoder
 from mtllama.model.families import Family, beyond, families, passes
+from mtllama.model.fused import fuse
 from mtllama.model.generation import Generation, Settings
 from mtllama.model.load import LoadedModel
 from mtllama.model.packed import PACKED, Cache, Part, Step, Trees
@@ -94,6 +95,7 @@ class Engine:
         self.model, self.tokenizer = loaded.model.eval(), loaded.tokenizer
         self.model.set_attn_implementation(PACKED)
         self.decoder, self.head = self.model.get_decoder(), self.model.get_output_embeddings()
+        fuse(self.decoder, loaded.dtype)
         self.device = next(self.model.parameters()).device
         # Whoever gives a mask of four dimensions has no other made; the plan says who sees whom.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)

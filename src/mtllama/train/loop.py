@@ -30,11 +30,11 @@ from mtllama.errors import UserError
 from mtllama.model import adapter
 from mtllama.model.convert import save_settings, save_tokenizer
 from mtllama.model.find import Dtype, ModelFolder, find_model
+from mtllama.model.fused import fuse
 from mtllama.model.load import LoadedModel, fill, load_model, pick_dtype
 from mtllama.progress import progress, say
 from mtllama.train import lora, state
 from mtllama.train.flops import Flops, matmul_rate
-from mtllama.train.fused import fuse
 from mtllama.train.journal import METRICS, SKIPPED, TENSORBOARD, Journal, Seen, sums
 from mtllama.train.parallel import Ranks, whole
 from mtllama.train.recipe import DATA, RECIPE, Recipe, TrainConfig

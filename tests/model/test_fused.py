@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from mtllama.train.fused import fuse
+from mtllama.model.fused import fuse
 
 KINDS = (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 NORMS = {Qwen3Config: 4 * 2 + 1}
@@ -53,6 +53,23 @@ def test_each_fused_module_computes_what_it_replaces(kind: type[PreTrainedConfig
         x = 3 * torch.randn(2, 7, width, generator=torch.Generator().manual_seed(2))
         for ours, theirs in zip(outcome(module, x), outcome(own, x), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_gradients_the_same_comes_out_and_inputs_are_left_as_they_are(kind: type[PreTrainedConfig]) -> None:
+    plain = decoder(kind)
+    model = copy.deepcopy(plain)
+    fuse(model, torch.float32)
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        ours, theirs = (each(input_ids=ids, use_cache=False).last_hidden_state for each in (model, plain))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        for module in fused_modules(model):
+            x = torch.randn(1, 4, module.weight.shape[0] if hasattr(module, "weight") else 32)
+            before = x.clone()
+            module(x)
+            assert torch.equal(x, before)
+    assert theirs.std() > 0.1
 
 
 def test_norms_before_matrices_give_the_compute_dtype_and_the_last_norm_its_own() -> None:

@@ -1,7 +1,7 @@
 """RMSNorm and SwiGLU as one autograd step each: fewer passes over memory, and less of it kept for the backward pass.
 
 As modelling code writes them, each is five to eight operations whose intermediate results are kept. Here the backward pass
-works out again what is cheap, and writes in place.
+works out again what is cheap, and writes in place; where there is none, nothing is kept.
 """
 
 from types import MethodType
@@ -39,6 +39,8 @@ def _norm(dtype: torch.dtype | None) -> Any:
 
 
 def _gated(self: Any, x: torch.Tensor) -> Any:
+    if not torch.is_grad_enabled():
+        return self.down_proj(F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
     return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-untyped-call]
 
 
