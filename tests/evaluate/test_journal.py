@@ -63,7 +63,9 @@ class Asked:
 
 
 def same(left: Path, right: Path) -> bool:
-    return all((left / name).read_bytes() == (right / name).read_bytes() for name in ("results.json", "records.jsonl"))
+    return all(
+        (left / name).read_bytes() == (right / name).read_bytes() for name in ("results.json", "records.jsonl", "results_lm-eval.json")
+    )
 
 
 def test_a_killed_run_is_taken_up_and_gives_the_same_files(

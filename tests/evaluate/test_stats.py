@@ -102,6 +102,12 @@ def test_swapping_the_answers_of_two_models_is_flipping_the_signs_of_their_diffe
     assert ours == pytest.approx(stats.paired_p([(second - first).tolist()]), abs=0.05)
 
 
+def test_the_standard_error_is_that_of_the_items_means() -> None:
+    # Means 0.5, 1, 0: variance of the sample 1/4, of the mean 1/12.
+    assert stats.standard_error([[0.0, 1.0], [1.0], [0.0, 0.0, 0.0]]) == pytest.approx(math.sqrt(1 / 12))
+    assert stats.standard_error([[0.3, 0.7]]) is None
+
+
 def test_mcnemars_p_equals_the_sum_of_its_binomial() -> None:
     # Agresti's 86 against 150 in large, and small tables in full.
     for won, lost in [(14, 4), (0, 7), (5, 5), (1, 0), (86, 150), (3, 2)]:

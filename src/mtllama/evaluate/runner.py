@@ -20,6 +20,7 @@ from mtllama.evaluate import protocols, sets, stats
 from mtllama.evaluate.ask import MAX_NEW_TOKENS, ask, boundary
 from mtllama.evaluate.items import EvalConfig, Item, TaskItems, load_items
 from mtllama.evaluate.journal import RECORDS, Block, Journal, Ranks, json_line
+from mtllama.evaluate.lm_eval_layout import LM_EVAL_RESULTS, lm_eval_results
 from mtllama.evaluate.protocols import PMI, Judgement, Kind, Record
 from mtllama.model.engine import Answering
 from mtllama.progress import progress, say
@@ -175,12 +176,14 @@ def _finish(
                 "note": each.rows.note,
                 "data": Path(each.rows.origin).name,
                 "data_sha256": each.sha256,
+                "split_rows": len(each.rows.rows),
                 "skipped": each.skipped,
             }
             whole["tasks"].setdefault(each.task.name, {})[protocol] = result
     with folders.new_folder(out, overwrite=overwrite) as folder:
         (folder / RECORDS).write_text("".join(json_line(record) for record in records), encoding="utf-8")
         folders.write_json(folder / RESULTS, whole)
+        folders.write_json(folder / LM_EVAL_RESULTS, lm_eval_results(whole))
 
 
 def summarize(records: Sequence[Record], protocol: str) -> dict[str, Any]:
@@ -200,16 +203,19 @@ def summarize(records: Sequence[Record], protocol: str) -> dict[str, Any]:
         for name, group in by_template.items()
     }
     metric = next(iter(judged[0][1].values))
-    by_row: dict[int, list[float]] = {}
+    by_row: dict[int, list[dict[str, float]]] = {}
     for record, judgement in judged:
-        by_row.setdefault(record["row"], []).append(judgement.values[metric])
-    low, high = stats.clustered_interval(list(by_row.values()))
+        by_row.setdefault(record["row"], []).append(judgement.values)
+    values_by_row = {name: [[values[name] for values in row] for row in by_row.values()] for name in judged[0][1].values}
+    low, high = stats.clustered_interval(values_by_row[metric])
     each = list(templates.values())
     result: dict[str, Any] = {"protocol": protocol, "metric": metric}
     result |= {
         name: _mean([template.get(name) for template in each]) for name in dict.fromkeys(name for t in each for name in t["metrics"])
     }
     result |= {"value": result[metric], "ci95": [100 * low, 100 * high], "n": len(judged), "rows": len(by_row)}
+    errors = {name: stats.standard_error(rows) for name, rows in values_by_row.items()}
+    result["stderr"] = {name: None if error is None else 100 * error for name, error in errors.items()}
     result["set_ci95"] = {name: list(each.overall.ci95) for name, each in of_set.items()}
     result |= {name: _mean([template[name] for template in each]) for name in ("chance", "majority")}
     result |= {name: sum(template[name] for template in each) for name in ("unparsed", "not_found", "cut")}
@@ -268,8 +274,9 @@ def _with_and_without(records: Sequence[Record], protocol: str, found: Collectio
         "found": [record for record in fits if record["row"] in found],
         "clean": [record for record in fits if record["row"] not in found],
     }
+    results = {name: summarize(part, protocol) if part else None for name, part in parts.items()}
     kept = ("value", "ci95", "n", "rows")
-    return {name: {key: summarize(part, protocol)[key] for key in kept} if part else None for name, part in parts.items()}
+    return {name: {key: result[key] for key in kept} if result else None for name, result in results.items()}
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:

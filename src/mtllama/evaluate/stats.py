@@ -27,6 +27,12 @@ def item_means(values_by_item: Sequence[Floats]) -> np.ndarray:
     return np.array([np.mean(values) for values in values_by_item], dtype=np.float64)
 
 
+def standard_error(values_by_item: Sequence[Floats]) -> float | None:
+    """Standard error of the mean over items of each item's mean, by the sample's standard deviation; of one item it is not known."""
+    means = item_means(values_by_item)
+    return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
+
+
 def exact_interval(num_correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Clopper-Pearson interval of a share."""
     interval = stats.binomtest(num_correct, n).proportion_ci(level, method="exact")
