@@ -413,6 +413,24 @@ def test_metrics_of_whole_sets_are_compared_in_the_report_and_its_numbers(tmp_pa
     assert re.search(r"50\.0 \[.*?\] macro-f1 33\.3 \[.*?\] +75\.0 \[.*?\] macro-f1 73\.3 \[.*?\]$", line)
 
 
+def test_a_report_shows_that_one_answer_is_given_everywhere(tmp_path: Path) -> None:
+    """The base says No to everything; the other run is always right."""
+    own = [
+        choice_record("copa", "score", i, 1) | {"choices": [f"a{i}", f"long {i}"], "gold": [f"a{i}", f"long {i}"][i % 2]} for i in range(10)
+    ]
+    runs = [
+        save_run(tmp_path / name, [*(choice_record("sst2", "score", i, int(c)) for i, c in enumerate(right)), *own], "Pico")
+        for name, right in (("base", "10" * 20), ("tuned", "11" * 20))
+    ]
+    write_report(runs, tmp_path / "out")
+    text, page = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("md", "html"))
+    shown = text[text.index("## Answers given") :]
+    assert "| sst2 | base | 50.0 / 50.0 No / Yes | 100.0 / 0.0 No / Yes | 50.0 | 50.0 | 50.0 | 50.0 |" in shown
+    assert "| sst2 | tuned | 50.0 / 50.0 No / Yes | 50.0 / 50.0 No / Yes | 100.0 | 100.0 | 100.0 | 100.0 |" in shown
+    assert "| copa | base | 50.0 / 50.0 option 1 / option 2 | 50.0 / 50.0 option 1 / option 2 | 50.0 | 50.0 | 100.0 | 100.0 |" in shown
+    assert "Places and lengths" in page and "batch calibration" in page
+
+
 def test_a_report_without_metrics_of_whole_sets_does_not_speak_of_them(base: Path, tuned: Path, tmp_path: Path) -> None:
     write_report([base, tuned], tmp_path / "out")
     assert "whole set" not in (tmp_path / "out" / "report.md").read_text()

@@ -94,6 +94,7 @@ def _page(runs: Sequence[Run], comparisons: Sequence[Comparison], agreed: Sequen
         sections.results(runs, comparisons),
         sections.families(runs),
         sections.ways(runs, comparisons, agreed),
+        sections.answers(runs),
         sections.templates(runs),
         sections.contamination(runs),
         *sections.published(runs),

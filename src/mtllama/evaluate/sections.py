@@ -12,6 +12,7 @@ import yaml
 
 from mtllama import folders
 from mtllama.evaluate import stats
+from mtllama.evaluate.bias import bias
 from mtllama.evaluate.compare import Agreement, Comparison, Difference, Job, Key, Mean, Run, by_role, differing, jobs_of, primary
 from mtllama.evaluate.page import Cell, Grid, Picture, Reading, Section
 from mtllama.evaluate.protocols import Record, value
@@ -20,6 +21,7 @@ from mtllama.tasks.catalog import SAMPLER, find_tasks
 from mtllama.tasks.files import read_rows
 
 LEVEL = 0.05
+RANK = "rank"
 GROUPS = {"unseen data set": "Unseen data sets", "unseen task": "Unseen tasks", "train": "Data sets of the training mixture"}
 MEANING = {
     "rank": "the choice with the largest sum of log-probabilities of its tokens and the end marker",
@@ -328,6 +330,41 @@ def templates(runs: Sequence[Run]) -> Section:
 
 def _templates(result: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     return result["templates"] if result else {}
+
+
+def answers(runs: Sequence[Run]) -> Section:
+    """Which answers are given, whatever is asked, and what is known behind them."""
+    labelled, placed = [], []
+    for task in _tasks(runs):
+        for run in runs:
+            found = bias(run.jobs.get((task, RANK), {}).values())
+            if found is None:
+                continue
+            right, given = (
+                Cell(" / ".join(percent(share) for share in shares), (" / ".join(found.labels),)) for shares in (found.gold, found.given)
+            )
+            row = [Cell(task), Cell(run.label), right, given]
+            if found.shortest is None:
+                values = (found.accuracy, found.balanced, found.calibrated, found.separation)
+                labelled.append([*row, *(Cell(percent(value)) for value in values)])
+            else:
+                placed.append([*row, *(Cell(percent(value)) for value in (*found.shortest, found.accuracy, found.calibrated))])
+    head = ("task", "run", "right", "answered")
+    grids = [
+        Grid("Labels", (*head, "accuracy", "balanced accuracy", "calibrated", "separation"), labelled),
+        Grid("Places and lengths", (*head, "shortest is right", "shortest is answered", "accuracy", "calibrated"), placed),
+    ]
+    return Section(
+        "Answers given",
+        [
+            "How often each answer is right and how often it is given, by ranking with the sum. A model that gives one answer nearly everywhere gets what the "
+            "majority column says, whether it knows the task or not. Balanced accuracy is the mean over the labels of how many of their items are answered "
+            "with them. Calibrated is the accuracy after what the model gives each label on average over the set is divided out (batch calibration, "
+            "Zhou et al. 2024): it sees all items at once, so it shows how much of a result is a leaning to one label, and is no protocol. Separation, for "
+            "two labels, is how often an item of the second label leans to it more than an item of the first does: 50 is no knowledge at all.",
+        ],
+        grids=[grid for grid in grids if grid.rows],
+    )
 
 
 def contamination(runs: Sequence[Run]) -> Section:
