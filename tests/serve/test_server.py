@@ -1,6 +1,8 @@
 """The server over real HTTP, asked by real clients: OpenAI's SDK, curl, lm-eval, and some that misbehave."""
 
 import asyncio
+import contextlib
+import http.client
 import json
 import shutil
 import signal
@@ -215,6 +217,69 @@ def test_a_body_that_is_no_json_or_too_large_is_refused(served: Served, monkeypa
     answer = served.post("/v1/completions", prompt="x" * 2000)
     assert answer.status_code == 413 and "larger than 1000 bytes" in answer.json()["error"]["message"]
     assert httpx.get(f"{served.url}/nothing").status_code == 404 and httpx.get(f"{served.url}/v1/score").status_code == 405
+
+
+# Bodies that an answer does not wait for
+
+
+def send_whole(url: str, size: int, **headers: str) -> tuple[http.client.HTTPResponse, dict[str, Any]]:
+    """The answer to a body, and its error, for a client that does not look for an answer before the body is sent."""
+    with contextlib.closing(http.client.HTTPConnection(url[7:], timeout=PATIENCE)) as client:
+        client.request("POST", "/v1/score", b" " * size, {"Content-Type": "application/json", **headers})
+        answer = client.getresponse()
+        return answer, json.loads(answer.read())["error"]
+
+
+def test_who_sends_far_too_much_gets_an_answer_to_read(served: Served) -> None:
+    for _ in range(5):
+        answer, error = send_whole(served.url, 32 * 2**20)  # more than both ends of a connection hold for each other
+        assert answer.status == 413 and "larger than 4194304 bytes" in error["message"]
+        assert answer.headers["Connection"] == "close"
+
+
+def test_who_sends_much_with_a_wrong_key_gets_an_answer_to_read(engine: Engine) -> None:
+    with run_server(engine, api_key="right") as served:
+        for connection in ("close", "keep-alive"):
+            answer, error = send_whole(served.url, 32 * 2**20, Authorization="Bearer wrong", Connection=connection)
+            assert answer.status == 401 and error["code"] == "invalid_api_key"
+            assert answer.headers["Connection"] == "close"  # nobody should have to read to the end of it
+
+
+def test_an_answer_that_does_not_fit_yet_is_not_lost(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "MAX_BODY", 1000)
+    before, size = 20, 4 * 2**20
+    with contextlib.closing(socket.socket()) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # as little as there is: some of these answers fill it
+        client.settimeout(PATIENCE)
+        client.connect(("127.0.0.1", int(served.url.rsplit(":", 1)[1])))
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * before)
+        client.sendall(f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode())
+        with contextlib.suppress(ConnectionError):  # a client may go on and read: what was answered counts
+            client.sendall(b" " * size)
+        told = b"".join(iter(lambda: client.recv(2**16), b""))
+    assert told.count(b'{"status":"ok"') == before
+    head, body = told[told.index(b"HTTP/1.1 413") :].split(b"\r\n\r\n")
+    assert f"content-length: {len(body)}" in head.decode().lower() and "larger than 1000 bytes" in json.loads(body)["error"]["message"]
+
+
+def test_who_never_ends_a_body_has_the_answer_at_once_and_is_let_go(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "MAX_BODY", 1000)
+    monkeypatch.setattr(guards, "LINGER", 0.5)
+    with socket.create_connection(("127.0.0.1", int(served.url.rsplit(":", 1)[1])), timeout=PATIENCE) as client:
+        client.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n" + b" " * 2000)
+        lines = client.makefile("rb")
+        head = dict(line.decode().lower().strip().split(": ") for line in iter(lines.readline, b"\r\n") if b": " in line)
+        assert "larger than" in json.loads(lines.read(int(head["content-length"])))["error"]["message"]
+        assert lines.read() == b""  # closed, although it sends nothing more
+
+
+def test_a_connection_whose_body_was_read_stays_open(served: Served) -> None:
+    with contextlib.closing(http.client.HTTPConnection(served.url[7:], timeout=PATIENCE)) as client:
+        for method, path, body, status in (("POST", "/v1/score", b"{", 400), ("POST", "/health", b"", 405), ("GET", "/health", None, 200)):
+            client.request(method, path, body, {"Content-Type": "application/json"})
+            sock, answer = client.sock, client.getresponse()
+            assert answer.status == status and answer.read() and "Connection" not in answer.headers
+            assert client.sock is sock is not None
 
 
 def test_special_tokens_in_a_text_are_text(served: Served) -> None:

@@ -23,7 +23,7 @@ from mtllama.errors import UserError
 from mtllama.model.engine import Branches, Engine, Scored
 from mtllama.model.generation import Settings
 from mtllama.serve.answers import Answer, Chat, Completion
-from mtllama.serve.guards import Bounded, Guarded, Measured, RefusedError
+from mtllama.serve.guards import Bounded, Guarded, HeardOut, Measured, RefusedError
 from mtllama.serve.metrics import Metrics
 from mtllama.serve.requests import ChatRequest, CompletionRequest, ScoreRequest, TaskRequest
 from mtllama.serve.scheduler import BusyError, ClosedError, Scheduler, Update
@@ -74,6 +74,7 @@ def make_app(
     if api_key:
         app.add_middleware(Guarded, api_key=api_key, page=page)
     app.add_middleware(Measured, metrics=serving.metrics)
+    app.add_middleware(HeardOut)
     return app
 
 

@@ -1,5 +1,7 @@
-"""What stands before the routes: requests are counted, let in by their key, and bounded; and how one is refused."""
+"""What stands before the routes: requests are counted, let in by their key, bounded, and heard out; and how one is refused."""
 
+import asyncio
+import contextlib
 import hmac
 import time
 from typing import Any
@@ -10,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mtllama.serve.metrics import Metrics
 
 MAX_BODY = 4 * 2**20
+LINGER = 10.0
+"""Seconds for which the rest of a body is read behind an answer that did not wait for it."""
 RETRY_AFTER = 1
 """Seconds after which a client is told to try again."""
 INTERFACE = ("/v1", "/metrics", "/openapi.json")
@@ -101,7 +105,6 @@ class Bounded:
             size, more = size + len(parts[-1]), message.get("more_body", False)
             if size > MAX_BODY:
                 answer = RefusedError(413, f"the body is larger than {MAX_BODY} bytes; send less").response()
-                answer.headers["Connection"] = "close"
                 return await answer(scope, receive, send)
         body: Message | None = {"type": "http.request", "body": b"".join(parts), "more_body": False}
 
@@ -113,3 +116,46 @@ class Bounded:
             return await receive()
 
         await self.app(scope, whole, send)
+
+
+class HeardOut:
+    """Reads what is left of a body behind an answer that did not wait for it, and only then lets the connection close.
+
+    A connection that is closed over bytes which nobody has read is reset, and what the client has not received by then is lost: often the
+    whole answer, sometimes only what stands behind its headers. So the answer is sent at once and whole, but its end is told to the server
+    after the body's.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        unread = any(name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in scope["headers"])
+        held = False
+
+        async def heard() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = message.get("more_body", False)  # nothing is left of a client that has gone, either
+            return message
+
+        async def answered(message: Message) -> None:
+            nonlocal held
+            if unread and message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+            elif unread and message["type"] == "http.response.body" and not message.get("more_body", False):
+                message, held = {**message, "more_body": True}, True
+            await send(message)
+
+        try:
+            await self.app(scope, heard, answered)
+        finally:
+            if held:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER):
+                        while unread:
+                            await heard()
+                await send({"type": "http.response.body"})
