@@ -148,7 +148,8 @@ class Generation:
         chances = ((logits.float() - logits.max().float()) / self.settings.temperature).softmax(0).cpu()  # [vocab]
         if self.settings.top_p < 1:
             ordered, order = chances.sort(descending=True)
-            outside = ordered.cumsum(0) - ordered >= self.settings.top_p  # the likeliest one never is
+            outside = ordered.cumsum(0) - ordered >= self.settings.top_p
+            outside[0] = False  # the likeliest one never is, however small top_p: 1e-46 is zero in float32
             chances[order[outside]] = 0.0
         return int(torch.multinomial(chances, 1, generator=self._random))
 
