@@ -9,9 +9,10 @@ mtllama              `mtllama serve`
 transformers         `transformers serve` with its defaults: one request after the other
 transformers, cb     `transformers serve --continuous-batching`, with blocks and tokens a batch given, since it has no defaults for a CPU
 
-`alone` is one request after the other; `together` keeps --concurrent requests under way. Tokens are counted from the text that came, by the
+`alone` is one request after the other; `together` keeps --concurrent requests under way, with other prompts: a server that remembers what it has
+read (transformers' blocks) would not have to read them. Tokens are counted from the text that came, by the
 model's own tokenizer, in the same way for all, so that a server that counts otherwise gains nothing. Time to first token runs from the start
-of a request to its first piece of text. How many of the texts that came together are those that came alone is told, too: in bf16 they need
+of a request to its first piece of text. How many of the texts are the same when the first prompts are asked again together is told, too: in bf16 they need
 not be. The floor of a lone token is reading the weights once, at the rate at which this machine reads memory. A server that does not answer
 is told as such. The last line of the output is one JSON document.
 """
@@ -60,17 +61,12 @@ class Answered:
 
 
 def prompts(count: int) -> list[str]:
-    """Prompts of the embedded data, from short to some hundred words."""
+    """The first 10 to 150 words of passages of the embedded data: a model goes on with them, where it ends an answer after a word."""
     from mtllama.tasks.catalog import catalog, load_rows, sampler_dir
 
-    found: list[str] = []
-    names = ("squad", "adversarial_qa_dbert", "sciq", "ag_news", "copa", "cos_e_v1.11", "xsum", "winogrande_xl")
-    for index in range(count):
-        task = catalog()[names[index % len(names)]] if names[index % len(names)] in catalog() else catalog()["squad"]
-        rows = load_rows(task, sampler_dir())
-        example = rows.render(index % len(rows.rows), task.template(None)) or rows.render(0, task.template(None))
-        found.append(" ".join(example.inputs.split()[:350]))
-    return found
+    rows = [row for name in ("adversarial_qa_dbert", "quoref", "squad") for row in load_rows(catalog()[name], sampler_dir()).rows]
+    passages = list(dict.fromkeys(" ".join(row["context"].split()) for row in rows))
+    return [" ".join(passages[index % len(passages)].split()[: 10 + 53 * index % 141]) for index in range(count)]
 
 
 async def ask(client: httpx.AsyncClient, url: str, model: str, prompt: str, new_tokens: int) -> Answered:
@@ -144,16 +140,18 @@ def measured(
                 raise FailedError(f"it did not start: {log.read_text()[-300:]}")
             time.sleep(0.1)
         started = time.perf_counter() - began
-        warm, _ = asyncio.run(load(url, model, asked[:WARM], 8, 1))
+        first, others = asked[: options.requests], asked[options.requests :]
+        warm, _ = asyncio.run(load(url, model, first[:WARM], 8, 1))
         if warm[0].error:
             raise FailedError(warm[0].error)
-        alone, seconds = asyncio.run(load(url, model, asked, options.new_tokens, 1))
+        alone, seconds = asyncio.run(load(url, model, first, options.new_tokens, 1))
         result = {"start_seconds": round(started, 1), "alone": summary(alone, seconds, tokenizer)}
         say(f"{name}, alone: {result['alone']}")
-        crowd, seconds = asyncio.run(load(url, model, asked, options.new_tokens, options.concurrent))
+        crowd, seconds = asyncio.run(load(url, model, others, options.new_tokens, options.concurrent))
         result["together"] = summary(crowd, seconds, tokenizer)
         result["times_as_fast_together"] = round(result["together"]["tokens_per_second"] / result["alone"]["tokens_per_second"], 2)
-        result["same_text_as_alone"] = sum(a.text == b.text for a, b in zip(alone, crowd, strict=True))
+        again, _ = asyncio.run(load(url, model, first, options.new_tokens, options.concurrent))
+        result["same_text_as_alone"] = sum(a.text == b.text for a, b in zip(alone, again, strict=True))
         result["resident_mb"] = round(psutil.Process(process.pid).memory_info().rss / 1e6)
         say(f"{name}, together: {result['together']}")
         return result
@@ -200,7 +198,7 @@ def main() -> None:
     reader, tokenizer = CheckpointReader(folder), load_tokenizer(folder)
     dtype, width = ("bfloat16", 2) if cpu_has_bf16() else ("float32", 4)
     num_bytes = sum(math.prod(reader.info(name).shape) for name in reader) * width
-    rate, asked = read_rate(), prompts(options.requests)
+    rate, asked = read_rate(), prompts(2 * options.requests)
     lengths = [len(tokenizer(prompt).input_ids) for prompt in asked]
     bin_dir = Path(sys.executable).parent
     theirs = [str(bin_dir / "transformers"), "serve", str(folder), "--device", "cpu", "--dtype", dtype]
