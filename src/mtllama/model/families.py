@@ -32,10 +32,8 @@ def families(prompts: Sequence[Sequence[int]]) -> list[Family]:
     """
     order = sorted(range(len(prompts)), key=lambda i: (tuple(prompts[i]), i))
     common = [min(_in_common(prompts[i], prompts[j]), len(prompts[i]) - 1, len(prompts[j]) - 1) for i, j in itertools.pairwise(order)]
-    saved, starts = (
-        [0],
-        list[tuple[int, int]](),
-    )  # by the first n prompts: tokens saved at best; where the last family starts, what it shares
+    saved = [0]  # tokens that the first n prompts save at best
+    starts: list[tuple[int, int]] = []  # then, of the family that the last of them is in: where it starts, and what it shares
     for last in range(len(order)):
         best, start, shared = saved[last], last, 0
         least = len(prompts[order[last]])
