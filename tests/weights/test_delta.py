@@ -61,7 +61,9 @@ def test_the_manifest_describes_every_tensor_and_file(pico: Path, target: Path, 
         assert entry.kind == ("equal" if name == NORM else "difference")
         assert (entry.num_equal, entry.num_inexact) == (int((old == new).sum()), 0)
         assert entry.norm == pytest.approx((new.double() - old.double()).norm().item())
-        assert entry.base_norm == pytest.approx(old.double().norm().item())
+        assert entry.base_norm == pytest.approx(old.double().norm().item(), rel=1e-5), (
+            "added up in float32, in another order on each processor"
+        )
         places = [(2 * k + 1) * old.numel() // 32 for k in range(16)]
         assert entry.base.sample == bytes(raw_bytes(old.reshape(-1)[places]))
     assert manifest.files == {path.name: folders.sha256_file(path) for path in other_files(target)} != {}

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 SIDE = {"cpu": 2048}
-"""Rows and columns of the matrices that a device is measured with; for others `LARGE_SIDE`."""
-LARGE_SIDE = 8192
+"""Rows and columns of the matrices that a device is measured with; for others `LARGE_SIDE`. Smaller ones where `PRODUCTS` of them take longer than `SECONDS`."""
+SMALL_SIDE, LARGE_SIDE = 256, 8192
 SECONDS = 0.3
 """For how long a device is measured, at least."""
 PRODUCTS = 5
@@ -59,12 +59,21 @@ class Flops:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that large matrix products reach on this device in this dtype, measured now."""
-    side = SIDE.get(device.type, LARGE_SIDE)
-    left, right = torch.ones(side, side, dtype=dtype, device=device), torch.ones(side, side, dtype=dtype, device=device)
-    float((left @ right)[0, 0])  # the copy of a value waits for the device
+    side = SMALL_SIDE
+    left = right = torch.ones(side, side, dtype=dtype, device=device)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        float((left @ right)[0, 0])  # the copy of a value waits for the device
+        return time.perf_counter() - start
+
+    seconds()
+    # A processor that has no instructions for a dtype takes a minute for what others do in a moment.
+    while side < SIDE.get(device.type, LARGE_SIDE) and seconds() < SECONDS / PRODUCTS:
+        side *= 2
+        left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    seconds()
     taken: list[float] = []
     while len(taken) < PRODUCTS or sum(taken) < SECONDS:
-        start = time.perf_counter()
-        float((left @ right)[0, 0])
-        taken.append(time.perf_counter() - start)
+        taken.append(seconds())
     return 2 * side**3 / min(taken)
