@@ -423,12 +423,14 @@ def test_a_sampled_stream_depends_on_its_seed_alone(bpe_engine: Engine) -> None:
     assert text(1, 0.0) == text(2, 0.0)
 
 
-@pytest.mark.parametrize("top_p", [1e-9, 1e-46, 5e-324])
-def test_however_small_top_p_is_the_likeliest_token_is_drawn(bpe_engine: Engine, top_p: float) -> None:
+@pytest.mark.parametrize("small", [1e-9, 1e-46, 5e-324])
+@pytest.mark.parametrize("setting", ["top_p", "temperature"])
+def test_however_small_top_p_or_temperature_is_the_likeliest_token_is_drawn(bpe_engine: Engine, setting: str, small: float) -> None:
     def text(**settings: Any) -> str:
         return "".join(bpe_engine.stream([5, 300, 17], Settings(max_new_tokens=20, strip=True, **settings)))
 
-    assert text(temperature=1.0, seed=3, top_p=top_p) == text(temperature=0.0) != text(temperature=1.0, seed=3)
+    usual = {"temperature": 1.0, "seed": 3}
+    assert text(**{**usual, setting: small}) == text(temperature=0.0) != text(**usual)
 
 
 def test_an_engine_computes_without_gradients_and_in_evaluation(pico: Path) -> None:

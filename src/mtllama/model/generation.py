@@ -145,7 +145,8 @@ class Generation:
         if self._random is None:  # on the CPU wherever the model is: the same seed draws the same everywhere
             self._random = torch.Generator().manual_seed(self.settings.seed % 2**63)
         # Less than the largest: a temperature near zero would overflow.
-        chances = ((logits.float() - logits.max().float()) / self.settings.temperature).softmax(0).cpu()  # [vocab]
+        temperature = max(self.settings.temperature, torch.finfo(torch.float32).tiny)  # smaller ones are zero in float32
+        chances = ((logits.float() - logits.max().float()) / temperature).softmax(0).cpu()  # [vocab]
         if self.settings.top_p < 1:
             ordered, order = chances.sort(descending=True)
             outside = ordered.cumsum(0) - ordered >= self.settings.top_p
