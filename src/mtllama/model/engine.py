@@ -221,7 +221,8 @@ class Engine:
             # Where memory does not allow as many slots as are wanted, prompts of half the length get their own, and more of them.
             alike = [i for i in waiting if room >= slots or 2 * (len(prompts[i]) + max_new_tokens) > width]
             self._continue(prompts, alike, Cache(min(room, slots), width), max_new_tokens, ended, found, advance)
-            waiting = [i for i in waiting if i not in set(alike)]
+            done = set(alike)
+            waiting = [i for i in waiting if i not in done]
         return found
 
     def _cache_bytes(self) -> int:
