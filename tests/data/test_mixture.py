@@ -468,6 +468,20 @@ def test_rendered_rows_that_share_text_with_an_evaluation_set_are_left_out(tmp_p
     assert {draw.row for draw in drawn if draw.task == "wiqa"} == {0, 1, 3}
 
 
+def test_the_share_of_a_prompt_whose_rendered_rows_are_all_left_out_goes_to_the_other_rows(tmp_path: Path) -> None:
+    (tmp_path / "eval" / "sst2").mkdir(parents=True)
+    (tmp_path / "eval" / "sst2" / "validation.jsonl").write_text(json.dumps({"sentence": LEAK, "label": 1}) + "\n", encoding="utf-8")
+    write(tmp_path / "rows", "trec", [{"text": f"Where is {i} ?", "coarse_label": 4, "fine_label": 33} for i in range(6)])
+    write(tmp_path / "p3", "trec_trec1", [{"inputs": f"{i} {LEAK}", "targets": "t"} for i in range(3)])
+    config = {"p3": tmp_path / "p3", "rule": "weights", "decontaminate": True, "eval_dir": tmp_path / "eval"}
+    mixture = mixed(tmp_path / "rows", tasks={"trec": 5}, **config)
+    assert [(part.name, part.num_rows, part.rate) for part in mixture.parts] == [("trec", 6, 5)]
+    assert "trec (P3), trec1: every row shares text with an evaluation set" in mixture.remarks()
+    write(tmp_path / "p3", "trec_what_category_best_describe", [{"inputs": f"<{i}>", "targets": "t"} for i in range(4)])
+    mixture = mixed(tmp_path / "rows", tasks={"trec": 5}, **config)
+    assert [(part.name, part.num_rows, part.rate) for part in mixture.parts] == [("trec", 6, 3), ("trec (P3)", 4, 2)]
+
+
 def test_rendered_rows_beside_others_must_be_there_and_of_a_set_that_is_wanted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no P3 rows of the split train of any data set that was asked for"):
         beside(tmp_path, tasks=("trec",)) and mixed(tmp_path / "rows", p3=tmp_path / "rows", tasks=("trec",))

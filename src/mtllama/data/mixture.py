@@ -276,15 +276,25 @@ class Mixture:
         for rows in loaded:
             prompts = self._prompts(rows)
             if prompts:
-                beside = rendered.pop(rows.task.name, {})
+                beside = self._left(rows.task.name, rendered.pop(rows.task.name, {}), dropped)
                 num_beside = sum(map(len, beside.values()))
                 share = Fraction(len(rows.rows), len(rows.rows) + num_beside)
                 self._add(rows, prompts, dropped.get(rows.task.name, frozenset()), share)
                 self._add_rendered(rows.task, beside, dropped, 1 - share)
         for name, beside in rendered.items():
-            self._add_rendered(catalog()[name], beside, dropped, Fraction(1))
+            self._add_rendered(catalog()[name], self._left(name, beside, dropped), dropped, Fraction(1))
         if not self.streams:
             raise UserError(f"{config.templates}: no template fits any of the data sets; {next(iter(self.missing.values()), '')}")
+
+    def _left(self, name: str, beside: dict[str, p3.Prompted], dropped: dict[str, frozenset[int]]) -> dict[str, p3.Prompted]:
+        """`beside` less the prompts whose rows are all left out: what was their share of the rate goes to the set's other rows."""
+        left = {}
+        for template, prompted in beside.items():
+            if len(dropped.get(task_name(name, template), ())) < len(prompted):
+                left[template] = prompted
+            else:
+                self.missing[task_name(name, template)] = f"{name} (P3), {template}: every row shares text with an evaluation set"
+        return left
 
     def _prompts(self, rows: Rows) -> tuple[Template, ...]:
         """The prompts that a set is asked through."""
@@ -344,9 +354,6 @@ class Mixture:
             )
             for template, prompted in beside.items()
         ]
-        streams = [stream for stream in streams if stream.num_rows]
-        if not streams:
-            return
         self.streams += streams
         left, names = sum(stream.num_rows for stream in streams), tuple(stream.templates[0] for stream in streams)
         rate, origin = sum((stream.rate for stream in streams), Fraction(0)), next(iter(beside.values())).origin
