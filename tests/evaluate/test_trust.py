@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mtllama import cli
-from mtllama.data.mixture import MixtureConfig
+from mtllama.data.mixture import Mixture, MixtureConfig
 from mtllama.errors import UserError
 from mtllama.evaluate import ask as asking
 from mtllama.evaluate import explain, memory, protocols, runner, selftest
@@ -159,6 +159,31 @@ def test_items_that_occur_in_the_training_data_are_told_apart(engine: Engine, tm
     records = [record for record in runner.read_run(tmp_path / "out")[1] if record["kind"] == "score"]
     right = next(protocols.judge(record, "rank").correct for record in records if record["row"] == 1)
     assert results["tasks"]["sst2"]["rank"]["contamination"]["found"]["value"] == 100 * right
+
+
+def test_rows_that_were_left_out_of_training_are_not_found_in_it(engine: Engine, tmp_path: Path) -> None:
+    seen = {
+        "rotten_tomatoes": "a gripping, beautifully photographed portrait of two sisters who run a failing circus",
+        "imdb": "the slow unravelling of a lighthouse keeper who writes letters to a whale that never answers",
+    }
+    (tmp_path / "sst2").mkdir()
+    held = [{"sentence": text, "label": 1, "idx": i} for i, text in enumerate(seen.values())]
+    (tmp_path / "sst2/validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held), encoding="utf-8")
+    for place, (task, text) in enumerate(seen.items()):
+        rows = [{"text": "nothing to see here, move along please", "label": 0}]
+        rows.insert(place, {"text": text, "label": 1})  # not at the same place in both
+        (tmp_path / task).mkdir()
+        (tmp_path / f"{task}/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "elsewhere/sst2").mkdir(parents=True)
+    (tmp_path / "elsewhere/sst2/validation.jsonl").write_text(json.dumps(held[0]) + "\n", encoding="utf-8")
+    tasks, _ = load_items(EvalConfig("mt-llama", ("sst2",), tmp_path))
+    config = MixtureConfig(dir=tmp_path, tasks=tuple(seen))
+    kept = dataclasses.replace(config, decontaminate=True)
+    partly = dataclasses.replace(kept, eval_dir=tmp_path / "elsewhere")
+    found = {name: runner.Seen.of("r", each, tasks).report for name, each in {"all": config, "kept": kept, "partly": partly}.items()}
+    assert {name: sorted(report.items("sst2")) for name, report in found.items()} == {"all": [0, 1], "kept": [], "partly": [1]}
+    assert found["kept"].train_sizes == {"rotten_tomatoes": 1, "imdb": 1}
+    assert [part.num_rows for part in Mixture(kept).parts] == [1, 1]
 
 
 def test_where_nothing_occurs_in_the_training_data_all_items_are_clean(engine: Engine, tmp_path: Path) -> None:

@@ -453,8 +453,18 @@ def _wanted(config: MixtureConfig) -> list[Task]:
     return tasks
 
 
+def kept_passages(config: MixtureConfig) -> list[contamination.Passages]:
+    """`training_passages` less the rows that `decontaminate` drops: what is really trained on."""
+    dropped = _contaminated(config)
+    return [_without(part, dropped.get(part.name, frozenset())) for part in training_passages(config)]
+
+
+def _without(part: contamination.Passages, rows: Collection[int]) -> contamination.Passages:
+    return contamination.Passages(part.name, (each for each in part.fields if each[0] not in rows))
+
+
 def training_passages(config: MixtureConfig) -> list[contamination.Passages]:
-    """The texts that a mixture trains on, as far as they are compared with other sets: of rendered rows, their inputs."""
+    """The texts of a mixture's rows, dropped ones too, as far as they are compared with other sets: of rendered rows, their inputs."""
     if config.templates == "p3":
         streams = [stream for stream in Mixture(config).streams if isinstance(stream, _Rendered)]
         return [_inputs(stream.task, stream.templates[0], stream.prompted) for stream in streams]

@@ -47,9 +47,9 @@ class Seen:
     def of(cls, recipe: str, mixture: "MixtureConfig", tasks: Sequence[TaskItems]) -> "Seen":
         """Compare a mixture's training rows with all rows of the tasks."""
         from mtllama.data import contamination  # Grain, behind the mixture, takes seconds to import
-        from mtllama.data.mixture import passages, training_passages
+        from mtllama.data.mixture import kept_passages, passages
 
-        return cls(recipe, contamination.check(training_passages(mixture), [passages(each.rows) for each in tasks]))
+        return cls(recipe, contamination.check(kept_passages(mixture), [passages(each.rows) for each in tasks]))
 
 
 def evaluate(
