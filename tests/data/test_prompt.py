@@ -374,6 +374,33 @@ def test_format_native_is_the_folders_own_chat_template(tokenizer: Any) -> None:
     assert cut and len(ids) == 64
 
 
+@pytest.mark.parametrize("name", ["mtllama", "native"])
+def test_half_of_a_surrogate_pair_is_told_in_one_line_wherever_it_stands(name: str, tokenizer: Any) -> None:
+    encoder = PromptEncoder(tokenizer, find_format(name), 4096)
+    for encode in (
+        lambda: encoder.prompt_ids("a\ud800"),
+        lambda: encoder.prompt_ids("a", [Turn("b", "\udfff")]),
+        lambda: encoder.prompt_ids("a", system="\udcff b"),
+        lambda: encoder.raw_ids("\ud800"),
+        lambda: encoder.answer_ids("a \ud83d"),
+        lambda: encoder.encode_batch([("a", "b"), ("c", "\ud800")]),
+    ):
+        with pytest.raises(UserError, match="half of a surrogate pair"):
+            encode()
+    assert encoder.answer_ids("a \U0001f600")  # a whole pair is a character
+
+
+def test_a_chat_template_that_refuses_a_dialogue_is_told_in_one_line(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role\nnot supported') }}{% endif %}{{ messages[-1].content }}"
+    )
+    encoder = PromptEncoder(tokenizer, find_format("native"), 128)
+    assert encoder.prompt_text("Hello") == "Hello"
+    for encode in (encoder.prompt_text, encoder.whole_prompt_ids):
+        with pytest.raises(UserError, match="chat template refuses this: System role not supported$"):
+            encode("Hello", (), "Be brief.")
+
+
 def test_format_native_is_refused_where_the_folder_has_no_chat_template(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):

@@ -330,6 +330,18 @@ def test_a_template_of_promptsource_may_split_at_its_stand_in_for_separators() -
     assert STAND_IN in jinja
 
 
+@pytest.mark.parametrize("depth", [101, 700, 5000])
+def test_a_row_that_is_nested_too_deep_is_refused(depth: int) -> None:
+    value: Any = "a"
+    for level in range(depth):
+        value = [value] if level % 2 else {"in": value}
+    row = {"question": "Which?", "choices": value}
+    choices = "{{ choices | join(' ||| ') }}"
+    assert "nested more than 100 deep" in refusal("{{ question }} ||| a", row, choices)
+    with pytest.raises(UserError, match="template 'ask' of weather: a value of the row is nested more than 100 deep"):
+        Template("ask", "{{ question }}", choices).ask(row, task="weather")
+
+
 @pytest.mark.parametrize(
     "bars", [{"text": "a|", "answer": "|b"}, {"text": "a|||b", "answer": "c"}, {"text": ["a|||", "b"], "answer": {"x": "|||"}}]
 )

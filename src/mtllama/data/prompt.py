@@ -4,10 +4,13 @@ Prompt and answer are tokenised apart and joined as ids, so the boundary is neve
 is appended as an id. Text of users and data sets can never become a special token.
 """
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from jinja2 import TemplateError
 
 from mtllama.data.words import word_table
 from mtllama.errors import UserError
@@ -146,7 +149,8 @@ class PromptEncoder:
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of text as it stands; `special`: whether special tokens in it become special ids."""
         if special or self._backend is None:
-            return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids)
+            with _characters([text]):
+                return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids)
         return self._ids_batch([text])[0]
 
     def _ids_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -155,7 +159,8 @@ class PromptEncoder:
             return [self._ids(text) for text in texts]
         found = [None] * len(texts) if self._words is None else [self._words.ids(text) for text in texts]
         left = [text for text, ids in zip(texts, found, strict=True) if ids is None]
-        encodings = iter(self._backend.encode_batch_fast(left, add_special_tokens=False) if left else ())
+        with _characters(left):
+            encodings = iter(self._backend.encode_batch_fast(left, add_special_tokens=False) if left else ())
         return [next(encodings).ids if ids is None else ids for ids in found]
 
     def _tail_ids(self, text: str, *, special: bool = False) -> list[int]:
@@ -243,7 +248,10 @@ class PromptEncoder:
         for turn in history:
             messages += [{"role": "user", "content": turn.inputs}, {"role": "assistant", "content": turn.answer}]
         messages.append({"role": "user", "content": inputs})
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:  # some refuse a system text, or roles that do not take turns
+            raise UserError(f"the model's chat template refuses this: {' '.join(str(error).split())[:300]}") from error
 
     def _answer_text(self, answer: str) -> str:
         # Chat templates end in a line break, behind which an answer starts without a blank.
@@ -290,6 +298,20 @@ def _own_backend(tokenizer: Any) -> Any:
     own.no_truncation()
     own.no_padding()
     return own
+
+
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+@contextlib.contextmanager
+def _characters(texts: Sequence[str]) -> Iterator[None]:
+    """Tokenisers fail at half of a surrogate pair, and do not say so."""
+    try:
+        yield
+    except (TypeError, UnicodeError) as error:
+        if not any(map(_HALF.search, texts)):
+            raise
+        raise UserError("a text holds half of a surrogate pair (U+D800 to U+DFFF), which is no character; leave it out") from error
 
 
 def _index(ids: list[int], part: list[int]) -> int:

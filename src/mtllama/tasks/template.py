@@ -208,15 +208,17 @@ def _with_stand_in(row: Mapping[str, Any], columns: Iterable[str]) -> Mapping[st
     return {**row, **changed} if changed else row
 
 
-def _replaced(value: Any) -> Any:
+def _replaced(value: Any, depth: int = 0) -> Any:
     """`value` with `STAND_IN` for each `|||` in it; `value` itself where there is none."""
     if isinstance(value, str):
         return value.replace(SEPARATOR, STAND_IN) if SEPARATOR in value else value
+    if depth == sandbox.MAX_DEPTH and isinstance(value, _NESTED):
+        raise Refused(f"a value of the row is nested more than {sandbox.MAX_DEPTH} deep")
     if isinstance(value, list):
-        items = [_replaced(item) for item in value]
+        items = [_replaced(item, depth + 1) for item in value]
         return value if all(map(operator.is_, items, value)) else items
     if isinstance(value, dict):
-        values = [_replaced(item) for item in value.values()]
+        values = [_replaced(item, depth + 1) for item in value.values()]
         return value if all(map(operator.is_, values, value.values())) else dict(zip(value, values, strict=True))
     return value
 
