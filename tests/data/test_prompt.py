@@ -397,7 +397,7 @@ def test_a_chat_template_that_refuses_a_dialogue_is_told_in_one_line(tokenizer: 
     encoder = PromptEncoder(tokenizer, find_format("native"), 128)
     assert encoder.prompt_text("Hello") == "Hello"
     for encode in (encoder.prompt_text, encoder.whole_prompt_ids):
-        with pytest.raises(UserError, match="chat template refuses this: System role not supported$"):
+        with pytest.raises(UserError, match=r"chat template refuses this: System role not supported$"):
             encode("Hello", (), "Be brief.")
 
 
