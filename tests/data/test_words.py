@@ -58,6 +58,14 @@ def table(backend: Tokenizer) -> WordTable:
     return found
 
 
+def test_words_of_any_length_do_not_fill_the_memory(backend: Tokenizer) -> None:
+    found = table(backend)
+    for length in (words.LONGEST_WORD - 1, words.LONGEST_WORD + 1, 50_000):
+        text = "ab" * (length // 2) + "c" * (length % 2)
+        assert found.ids(text) == backend.encode(text, add_special_tokens=False).ids
+    assert [len(word) for word in found] == [words.LONGEST_WORD - 1]
+
+
 KNOWN = [chr(code) for code in range(0x2100) if words._KNOWN.fullmatch(chr(code))]
 PIECES = [
     " ",

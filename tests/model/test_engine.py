@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -361,6 +362,33 @@ def test_a_stream_joined_is_the_generated_text(engine: Engine) -> None:
     pieces = [list(engine.stream(prompt, Settings(max_new_tokens=16, strip=True))) for prompt in prompts]
     assert ["".join(each).strip() for each in pieces] == texts and any(texts)
     assert sum(len(each) > 3 for each in pieces) > len(prompts) // 2, "it comes in pieces"
+
+
+def test_a_raw_continuation_keeps_the_blank_before_its_first_word(engine: Engine, force: Force) -> None:
+    prompt, said = engine.encoder.raw_ids("Is fog"), engine.encoder.raw_ids("Is fog wet? It is")
+    bos = len(engine.encoder.raw_ids("")) or 0
+    new = said[len(prompt) :]
+    assert said[: len(prompt)] == prompt and new and bos <= 1
+    force(engine, new, prompt_length=len(prompt))
+    settings = Settings(max_new_tokens=len(new))
+    pieces = list(engine.stream(prompt, settings))
+    assert "".join(pieces) == " wet? It is" and len(pieces) > 2
+    force(engine, new, prompt_length=len(prompt))
+    assert "".join(engine.stream(prompt, Settings(max_new_tokens=len(new), strip=True))) == "wet? It is"
+
+
+def test_each_end_marker_of_the_folder_ends_a_text(pico: Path, tmp_path: Path, force: Force) -> None:
+    folder = Path(shutil.copytree(pico, tmp_path / "model"))
+    told = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    (folder / "generation_config.json").write_text(json.dumps({**told, "eos_token_id": [2, 484]}), encoding="utf-8")
+    engine = Engine(load_model(find_model(str(folder)), dtype="float32"))
+    said = byte_ids(engine, "Yes")
+    assert engine.ends == {2, 484} and 484 not in said
+    prompt = force(engine, [*said, 484, *byte_ids(engine, " and no")])
+    assert engine.generate([prompt], max_new_tokens=20, stop=()) == ["Yes"]
+    assert "".join(engine.stream(prompt, Settings(max_new_tokens=20))) == "Yes"
+    (generated,) = engine.continue_ids([prompt], max_new_tokens=20)
+    assert generated == [*said, 484]
 
 
 EMOJI = "a\N{GRINNING FACE}é\N{FAMILY}漢 b\N{ROCKET}"

@@ -313,6 +313,34 @@ def test_what_is_told_of_a_model_names_its_weights(pico: Path, tuned: Path, diff
     json.dumps(told)
 
 
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_the_chat_template_of_a_folder_is_found_in_both_places(place: str, pico: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pico, tmp_path / "chat"))
+    assert find_model(str(folder)).spoken_format() is None
+    template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    if place == "chat_template.jinja":
+        (folder / place).write_text(template, encoding="utf-8")
+    else:
+        config = json.loads((folder / place).read_text(encoding="utf-8"))
+        (folder / place).write_text(json.dumps({**config, "chat_template": template}), encoding="utf-8")
+    assert find_model(str(folder)).spoken_format() == "native"
+
+
+@pytest.mark.parametrize(("key", "value"), [("logits_scaling", 8.0), ("logit_scale", 0.0625), ("final_logit_softcapping", 30.0)])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_model_that_does_more_than_its_head_to_its_logits_is_refused(
+    key: str, value: float, train: bool, pico: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(pico, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, key: value}), encoding="utf-8")
+    with pytest.raises(UserError, match=key) as error:
+        load_model(find_model(str(folder)), train=train)
+    assert "\n" not in str(error.value)
+    (folder / "config.json").write_text(json.dumps({**config, key: 1 if key != "final_logit_softcapping" else None}), encoding="utf-8")
+    load_model(find_model(str(folder)), train=train)
+
+
 @pytest.mark.parametrize(("native", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_is_bfloat16_only_where_the_hardware_multiplies_it(native: bool, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "cpu_has_bf16", lambda: native)

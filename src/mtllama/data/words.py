@@ -27,6 +27,8 @@ _SPLITS = frozenset(
 )
 MAX_WORDS = 500_000
 """Words kept; beyond that the table is begun anew."""
+LONGEST_WORD = 64
+"""Characters of a word that is kept: longer ones hardly come twice, and texts of strangers must not fill the memory."""
 
 
 class WordTable(dict[str, tuple[int, ...]]):
@@ -47,8 +49,10 @@ class WordTable(dict[str, tuple[int, ...]]):
         return list(itertools.chain.from_iterable(map(self.__getitem__, self._words(text))))
 
     def __missing__(self, word: str) -> tuple[int, ...]:
-        mapped = "".join(map(_BYTES.__getitem__, word.encode()))
-        ids = self[word] = tuple(token.id for token in self._model.tokenize(mapped))
+        mapped = "".join(map(BYTE_LETTERS.__getitem__, word.encode()))
+        ids = tuple(token.id for token in self._model.tokenize(mapped))
+        if len(word) <= LONGEST_WORD:
+            self[word] = ids
         return ids
 
 
@@ -92,4 +96,5 @@ def _byte_letters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-_BYTES = _byte_letters()
+BYTE_LETTERS = _byte_letters()
+"""Byte -> the character that stands for it in a byte-level vocabulary."""

@@ -100,6 +100,7 @@ class Engine:
         # Whoever gives a mask of four dimensions has no other made; the plan says who sees whom.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         self.encoder = PromptEncoder(loaded.tokenizer, loaded.format, loaded.max_length)
+        self.ends = loaded.end_ids()
 
     def describe(self) -> dict[str, Any]:
         """Facts for results: which model, and the dtype that it computes in."""
@@ -268,7 +269,7 @@ class Engine:
             done = 0
             for slot in reversed(range(len(taken) - len(new), len(taken))):  # from behind: those that move have been looked at
                 row = taken[slot]
-                if row.new[-1] == self.tokenizer.eos_token_id or len(row.new) >= max_new_tokens or ended(row.new):
+                if row.new[-1] in self.ends or len(row.new) >= max_new_tokens or ended(row.new):
                     found[row.number] = row.new
                     taken[slot] = taken[cache.leave(slot)]
                     taken.pop()
@@ -299,14 +300,17 @@ class Engine:
         return any(s in text for s in stop)
 
     def _text(self, ids: list[int], stop: Sequence[str]) -> str:
-        if self.tokenizer.eos_token_id in ids:
-            ids = ids[: ids.index(self.tokenizer.eos_token_id)]
+        ids = list(itertools.takewhile(lambda token: token not in self.ends, ids))
         return before_stop(self._whole(ids), stop)
+
+    def generation(self, prompt: Sequence[int], settings: Settings) -> Generation:
+        """A continuation of a prompt, to be given the logits of each place."""
+        return Generation(self.tokenizer, settings, self.ends, prompt)
 
     @torch.inference_mode()
     def stream(self, prompt: list[int], settings: Settings) -> Iterator[str]:
         """Pieces of text as they are generated; a character is never split, a stop string never shown."""
-        generation = Generation(self.tokenizer, settings)
+        generation = self.generation(prompt, settings)
         cache = Cache(1, len(prompt) + settings.max_new_tokens)
         while generation.reason is None:
             logits = (self.step(generation.ids[-1:], cache) if generation.ids else self.begin([prompt], cache))[0]

@@ -47,7 +47,12 @@ class ModelFolder:
 
     def spoken_format(self) -> str | None:
         """The prompt format that the model is talked to in: its own, else that of its chat template; None: it has neither."""
-        return self.own_format() or ("native" if (self.files / "chat_template.jinja").is_file() else None)
+        return self.own_format() or ("native" if self._has_chat_template() else None)
+
+    def _has_chat_template(self) -> bool:
+        """Whether it carries a chat template: a file of its own, or, as most published folders have it, in the tokenizer's settings."""
+        config = self.files / "tokenizer_config.json"
+        return (self.files / "chat_template.jinja").is_file() or (config.is_file() and bool(folders.read_json(config).get("chat_template")))
 
 
 def home() -> Path:

@@ -15,6 +15,8 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer makes of bytes that are no whole character (yet)."""
 LONGEST_CHARACTER = 4
 """Bytes of a character in UTF-8, so tokens that it may take."""
+CONTEXT = 8
+"""Tokens of a prompt that its continuation is decoded with: more than a character takes."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,14 @@ class TextStream:
     """Tokens one by one -> pieces of text: a character is never split, and nothing of a stop string is shown.
 
     Only the last few tokens are decoded anew at each step, together with those before them, since a tokenizer may treat
-    the first token of a text differently.
+    the first token of a text differently: SentencePiece's drop its blank. So the end of the prompt is `context`.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, strip: bool = False) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, strip: bool = False, context: Sequence[int] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.stopped = False
-        self._ids: list[int] = []
-        self._context, self._decoded = 0, 0  # tokens [context:decoded] have been turned into text, and are decoded with the next ones
+        self._ids = list(context[-CONTEXT:])
+        self._context, self._decoded = 0, len(self._ids)  # tokens [context:decoded] are text already, and are decoded with the next ones
         self._held = ""  # text that may be the beginning of a stop string
         self._blank = strip  # whether nothing but blanks has come so far
 
@@ -110,6 +112,10 @@ class Generation:
 
     tokenizer: Any
     settings: Settings
+    ends: frozenset[int]
+    """Ids of which each ends it."""
+    prompt: Sequence[int] = ()
+    """Ids that it continues."""
     ids: list[int] = field(default_factory=list)
     """Tokens so far, the end marker among them where it came."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -117,7 +123,7 @@ class Generation:
     """Why it ended; None: it goes on."""
 
     def __post_init__(self) -> None:
-        self.text = TextStream(self.tokenizer, self.settings.stop, strip=self.settings.strip)
+        self.text = TextStream(self.tokenizer, self.settings.stop, strip=self.settings.strip, context=self.prompt)
         self._random: torch.Generator | None = None
 
     def take(self, logits: torch.Tensor, likeliest: int) -> str:
@@ -126,7 +132,7 @@ class Generation:
         self.ids.append(token)
         if self.settings.top_logprobs is not None:
             self.logprobs.append(token_logprob(logits, token, self.settings.top_logprobs))
-        if token == self.tokenizer.eos_token_id:
+        if token in self.ends:
             return self.end("stop")
         shown = self.text.push(token)
         if self.text.stopped:

@@ -52,6 +52,13 @@ class LoadedModel:
     max_length: int
     """Positions that the model was trained for; to train, no more than its sliding window, since segments are not windowed."""
 
+    def end_ids(self) -> frozenset[int]:
+        """Ids of which each ends an answer: the tokenizer's end marker, and those that the folder's generation_config.json names."""
+        file = self.source.files / "generation_config.json"
+        named = folders.read_json(file).get("eos_token_id") if file.is_file() else None
+        ids = named if isinstance(named, list) else [named]
+        return frozenset(token for token in (self.tokenizer.eos_token_id, *ids) if isinstance(token, int))
+
     def describe(self) -> dict[str, Any]:
         """Facts for manifests and tables."""
         manifest = folders.read_manifest(self.source.files) or {}
@@ -118,6 +125,7 @@ def load_model(
             model, info = AutoModelForCausalLM.from_pretrained(source.folder, local_files_only=True, output_loading_info=True, **options)
             missing = sorted(info["missing_keys"])
     _require(source, missing)
+    _require_plain_head(source, model.config.get_text_config())
     tokenizer = load_tokenizer(source.files)
     largest = max(tokenizer.get_vocab().values(), default=0)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -128,6 +136,21 @@ def load_model(
     if train:
         length = min(length, getattr(model.config, "sliding_window", None) or length)
     return LoadedModel(source, (model if empty else model.to(device)).train(train), tokenizer, find_format(name), chosen, length)
+
+
+_HEAD = {"logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1, "final_logit_softcapping": None}
+"""Settings by which a model's logits are more than a product with its head's weights, and the values with which they are not:
+Granite, Cohere, Falcon-H1, Gemma 2."""
+
+
+def _require_plain_head(source: ModelFolder, config: Any) -> None:
+    """The loss and the scores are computed on the rows that need them, by the head alone; whatever else a model does there would be lost."""
+    for key, plain in _HEAD.items():
+        value = getattr(config, key, plain)
+        if value not in (plain, None):
+            raise UserError(
+                f"{source.files / 'config.json'}: {key} is {value}: {config.model_type} models change their logits, which is not supported"
+            )
 
 
 def fill(loaded: LoadedModel) -> Callable[[str, torch.nn.Module], None]:

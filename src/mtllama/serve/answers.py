@@ -10,6 +10,7 @@ from mtllama.model.engine import Branches, Engine, Scored
 from mtllama.model.generation import Settings, TokenLogprob
 from mtllama.serve.requests import ChatRequest, CompletionRequest
 from mtllama.serve.scheduler import Update
+from mtllama.serve.token_text import Offsets, TokenBytes
 
 CHAT_TOKENS = 512
 """New tokens at most where a chat does not say how many; fewer where the context ends."""
@@ -59,7 +60,8 @@ class Completion(Answer):
 
     def __init__(self, engine: Engine, name: str, body: CompletionRequest, prompts: list[list[int]]) -> None:
         self.request, self.prompts, self.per_prompt = body, prompts, body.n or 1
-        self.tokenizer = engine.tokenizer
+        self.tokenizer, self.tokens = engine.tokenizer, TokenBytes(engine.tokenizer)
+        self._offsets: dict[int, Offsets] = {}
         limits = [engine.encoder.max_length - len(prompt) if body.max_tokens is None else body.max_tokens for prompt in prompts]
         limits = [limit for limit in limits for _ in range(self.per_prompt)]
         self.top = body.logprobs or 0
@@ -85,7 +87,9 @@ class Completion(Answer):
             told: list[tuple[int, TokenLogprob | None]] = [(each.token, each) for each in tokens]
             if echo:
                 told = self._prompt_logprobs(index // self.per_prompt) + told
-            logprobs = self._logprobs(told)
+            if index not in self._offsets:
+                self._offsets[index] = self._first_offsets(index // self.per_prompt, echo)
+            logprobs = self._logprobs(told, self._offsets[index])
         shown = self._echoed(index) + text if echo else text
         return {"index": index, "text": shown, "logprobs": logprobs, "finish_reason": reason}
 
@@ -100,12 +104,18 @@ class Completion(Answer):
         rows = [TokenLogprob(*each) for each in zip(prompt[1:], found.log_probs, tops, strict=True)]
         return [(prompt[0], None), *zip(prompt[1:], rows, strict=True)]
 
-    def _logprobs(self, told: list[tuple[int, TokenLogprob | None]]) -> dict[str, Any]:
-        tokens = [self.tokenizer.decode([token]) for token, _ in told]
-        offsets, offset = [], 0
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
+    def _first_offsets(self, number: int, echo: bool) -> Offsets:
+        """Places in a text that begins with the prompt, where it is told too."""
+        offsets = Offsets(self.tokens)
+        if echo:  # what the ids begin with and the text does not
+            prompt = self.prompts[number]
+            ids = b"".join(map(self.tokens.of, prompt)).decode(errors="replace")
+            text = self._echoed(number * self.per_prompt)
+            if ids.endswith(text):
+                offsets.unwritten(len(ids) - len(text))
+        return offsets
+
+    def _logprobs(self, told: list[tuple[int, TokenLogprob | None]], offsets: Offsets) -> dict[str, Any]:
         tops: list[dict[str, float] | None] = []
         for _, each in told:
             if each is None:
@@ -113,14 +123,14 @@ class Completion(Answer):
                 continue
             top: dict[str, float] = {}
             for token, logprob in (*each.top, (each.token, each.logprob)):  # tokens that read the same: the likelier one
-                text = self.tokenizer.decode([token])
+                text = self.tokens.text(token)
                 top[text] = max(logprob, top.get(text, logprob))
             tops.append(top)
         return {
-            "tokens": tokens,
+            "tokens": [self.tokens.text(token) for token, _ in told],
             "token_logprobs": [each.logprob if each else None for _, each in told],
             "top_logprobs": tops,
-            "text_offset": offsets,
+            "text_offset": offsets.take(token for token, _ in told),
         }
 
     def body(self, texts: list[str], updates: list[list[Update]], usage: dict[str, int]) -> dict[str, Any]:
@@ -151,7 +161,7 @@ class Chat(Answer):
 
     def __init__(self, engine: Engine, name: str, body: ChatRequest, prompt: list[int]) -> None:
         self.request, self.per_prompt = body, body.n or 1
-        self.tokenizer = engine.tokenizer
+        self.tokens = TokenBytes(engine.tokenizer)
         wanted = body.max_completion_tokens or body.max_tokens
         encoder = engine.encoder
         api.require_room(encoder, len(prompt), wanted or 1)
@@ -167,8 +177,7 @@ class Chat(Answer):
             return None
 
         def told(token: int, logprob: float) -> dict[str, Any]:
-            text = self.tokenizer.decode([token])
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            return {"token": self.tokens.text(token), "logprob": logprob, "bytes": list(self.tokens.of(token))}
 
         return {"content": [told(each.token, each.logprob) | {"top_logprobs": [told(*pair) for pair in each.top]} for each in tokens]}
 

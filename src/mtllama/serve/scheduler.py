@@ -178,7 +178,7 @@ class Scheduler:
         """
         ticket = Ticket(time.monotonic() + self.limits.max_seconds)
         sequences = [
-            _Sequence(ticket, index, prompt, Generation(self.engine.tokenizer, each), tell)
+            _Sequence(ticket, index, prompt, self.engine.generation(prompt, each), tell)
             for index, (prompt, each) in enumerate(zip(prompts, settings, strict=True))
         ]
         with self._changed:
