@@ -1,5 +1,6 @@
 """LoRA: adapters alone are trained and kept; merged or as an adapter folder it is the same model, for us and for peft."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -161,6 +162,26 @@ def test_the_base_is_kept_in_the_compute_dtype_and_the_adapters_in_float32(pico:
     ]
     assert len(factors) == 14 and all(float(a.detach().std()) > 0 and not b.any() for a, b in factors)
     assert len({float(a.detach().sum()) for a, _ in factors}) == 14  # each is drawn apart
+
+
+def test_another_seed_is_another_start_and_drops_others(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_factors(seed: int) -> list[torch.Tensor]:
+        model = load_model(find_model(str(pico)), train=True).model
+        lora.add(model, LORA)
+        lora.start("", model, seed=seed)
+        return [module.lora_A["default"].weight.detach() for module in model.modules() if hasattr(module, "lora_A")]
+
+    starts = [first_factors(seed) for seed in (0, 1, 12345, 2**40)]
+    assert all(len({tuple(each[place].flatten().tolist()) for each in starts}) == 4 for place in range(14))
+    begin = lora.start
+    monkeypatch.setattr(lora, "start", lambda prefix, part, seed: begin(prefix, part, 0))  # from one start: dropout alone differs
+
+    def losses(seed: int) -> list[float]:
+        out = loop.run(recipe(pico, tmp_path / f"seed-{seed}", kept(dropout=0.3), examples=24, seed=seed))
+        return [json.loads(line)["loss"] for line in (out / loop.METRICS).read_text(encoding="utf-8").splitlines()]
+
+    one, other = losses(0), losses(1)
+    assert one[0] == other[0] and one[1:] != other[1:]  # adapters start as nothing: the first loss is the base's
 
 
 def test_where_peft_is_missing_one_line_says_what_to_install(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,7 +215,7 @@ def _steps(
             stack.callback(journal.close)
         for step in range(start, train.num_steps):
             began = time.monotonic()
-            torch.manual_seed((train.seed << 40 | step << 16 | ranks.rank) % 2**63)  # dropout is a function of the step, too
+            torch.manual_seed(lora.seed_of(train.seed, step, ranks.rank))  # dropout is a function of the step, too
             share = Share()
             examples, draws = _draw(train, mixture, encoder, step, share, ranks)
             losses = _backward(objective, examples, train.tokens_per_pass, ranks)  # [num_examples] sums

@@ -1,6 +1,6 @@
 """LoRA through peft: adapters are put into the model and trained, the base keeps its values. peft is imported when it is asked for."""
 
-import zlib
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,15 @@ def start(prefix: str, part: torch.nn.Module, seed: int) -> None:
         a, b = module.lora_A[_NAME], module.lora_B[_NAME]  # type: ignore[index, union-attr]
         device = module.base_layer.weight.device  # type: ignore[union-attr]
         device = torch.device("cpu") if device.type == "meta" else device
-        draw = torch.Generator().manual_seed((seed << 32 | zlib.crc32((prefix + name).encode())) % 2**63)
+        draw = torch.Generator().manual_seed(seed_of(seed, prefix + name))
         first = torch.nn.init.kaiming_uniform_(torch.empty(a.weight.shape), a=5**0.5, generator=draw)
         a.weight = torch.nn.Parameter(first.to(device))
         b.weight = torch.nn.Parameter(torch.zeros(b.weight.shape, device=device))
+
+
+def seed_of(*parts: int | str) -> int:
+    """One seed for torch out of a run's and of what is drawn: hashed, since torch's generator on CPUs takes no more than 32 bits of a number."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
 
 
 def save(model: Any, config: LoraConfig, base: str | None, folder: Path, ranks: Ranks) -> None:
