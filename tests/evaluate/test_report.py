@@ -152,11 +152,12 @@ def test_the_order_of_the_records_does_not_matter(base: Path) -> None:
     assert len(rows) == 4 and all(row.difference == 0 and row.p == 1 for row in rows)
 
 
-def test_p_is_adjusted_over_the_tasks_of_its_protocol(base: Path, tuned: Path) -> None:
-    rows = compare(read(base, "base"), read(tuned, "tuned")).tasks
-    for protocol in protocols.PROTOCOLS:
-        same = [row for row in rows if row.protocol == protocol]
-        assert [row.p_holm for row in same] == pytest.approx(stats.holm([row.p for row in same]))
+def test_p_is_adjusted_over_all_tasks_that_the_headline_shows_and_over_those_of_each_other_protocol(base: Path, tuned: Path) -> None:
+    rows = {(row.task, row.protocol): row for row in compare(read(base, "base"), read(tuned, "tuned")).tasks}
+    headline = [rows["sst2", "rank"], rows["squad", "generate"], rows["copa", "rank"]]
+    assert [row.p_holm for row in headline] == pytest.approx(stats.holm([row.p for row in headline]))
+    assert rows["squad", "generate"].p_holm > rows["squad", "generate"].p, "it is not the only one of its kind"
+    assert len(rows) == 4 and rows["sst2", "generate"].p_holm == rows["sst2", "generate"].p, "one task alone by that protocol"
 
 
 def test_runs_over_different_items_are_refused_by_the_name_of_the_task(base: Path, tmp_path: Path) -> None:
@@ -497,6 +498,42 @@ def test_templates_that_repeat_the_answers_change_neither_p_nor_interval(tmp_pat
         after = save_run(tmp_path / f"after{num}", many_templates(SST2_TUNED, num), "after")
         rows += compare(read(before, "base"), read(after, "tuned")).tasks
     assert rows[0] == rows[1] and rows[0].num_items == 40 and rows[0].p == pytest.approx(2 / 2**16)  # 16 better, none worse
+
+
+def test_a_difference_is_that_of_the_values_shown_where_a_template_asks_some_items_only(tmp_path: Path) -> None:
+    def some(right: int) -> list[dict[str, Any]]:
+        return [
+            *(choice_record("copa", "score", i, 1, template="all") for i in range(40)),
+            *(choice_record("copa", "score", i, right, template="few") for i in range(8)),
+        ]
+
+    before, after = (read(save_run(tmp_path / name, some(right), name), name) for name, right in (("base", 0), ("tuned", 1)))
+    comparison = compare(before, after)
+    (row,), (mean,) = comparison.tasks, comparison.means
+    assert [run.results["tasks"]["copa"]["rank"]["value"] for run in (before, after)] == [50.0, 100.0]
+    assert (row.base, row.tuned, row.difference) == (mean.base, mean.tuned, mean.difference) == pytest.approx((50.0, 100.0, 50.0))
+    assert row.ci95 == mean.ci95 == pytest.approx((50.0, 50.0)) and (row.better, row.worse) == (8, 0)
+    assert row.p == pytest.approx(binomtest(0, 8).pvalue, abs=0.003)
+
+
+def test_two_protocols_are_compared_over_the_templates_that_both_judge(tmp_path: Path) -> None:
+    yes: dict[str, Any] = {"choices": ["Yes", "No"], "gold": "Yes", "gold_index": 0, "references": ["Yes"]}
+    right: dict[str, dict[str, Any]] = {"score": {"logprobs": [[-1.0], [-2.0]]}, "generate": {"text": "Yes"}}
+    more: dict[str, Any] = {"choices": ["No", "Yes", "Perhaps", "Never"], "logprobs": [[-3.0], [-3.0], [-1.0], [-3.0]]}
+    records = [
+        record
+        for i in range(20)
+        for record in (
+            *(choice_record("rte", kind, i, 1, template="mt-llama") | yes | said for kind, said in right.items()),
+            *(choice_record("rte", "score", i, 0, template=name) | more for name in ("x1", "x2", "x3")),
+        )
+    ]
+    run = read(save_run(tmp_path / "run", records, "Pico", ways=("rank", "mt-llama")), "model")
+    assert run.results["tasks"]["rte"]["rank"]["value"] == 25.0 and run.results["tasks"]["rte"]["rank"]["chance"] == 31.25
+    (pair,) = agreements(run)
+    assert (pair.first, pair.second, pair.num_items) == ("rank", "mt-llama", 20)
+    assert (pair.agreement, pair.before, pair.after, pair.difference, pair.p) == (100.0, 100.0, 100.0, 0.0, 1.0)
+    assert (pair.chance, pair.majority) == (50.0, 100.0)
 
 
 def test_the_spread_over_templates_is_a_table_and_a_figure(tmp_path: Path) -> None:

@@ -104,8 +104,38 @@ def test_swapping_the_answers_of_two_models_is_flipping_the_signs_of_their_diffe
 
 def test_the_standard_error_is_that_of_the_items_means() -> None:
     # Means 0.5, 1, 0: variance of the sample 1/4, of the mean 1/12.
-    assert stats.standard_error([[0.0, 1.0], [1.0], [0.0, 0.0, 0.0]]) == pytest.approx(math.sqrt(1 / 12))
+    assert stats.standard_error([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]) == pytest.approx(math.sqrt(1 / 12))
     assert stats.standard_error([[0.3, 0.7]]) is None
+
+
+def some_items(seed: int, n: int, share: float) -> np.ndarray:
+    """Two templates, the second of which asks a share of the items, and gets less of them right."""
+    rng = np.random.default_rng(seed)
+    table = rng.random((n, 2)) * (1.0, 0.4)
+    table[rng.permutation(n)[: n - round(share * n)], 1] = math.nan
+    return table
+
+
+def template_means(table: np.ndarray) -> float:
+    return float(np.mean([np.nanmean(column) for column in table.T]))
+
+
+def test_where_a_template_asks_some_items_only_all_numbers_are_of_the_mean_over_templates() -> None:
+    table, rng = some_items(1, 200, 0.2), np.random.default_rng(2)
+    assert stats.item_values(table).mean() == pytest.approx(template_means(table))
+    assert abs(np.mean([np.nanmean(row) for row in table]) - template_means(table)) > 0.1, "the mean of the items' means is another number"
+    draws = [template_means(table[rng.integers(0, 200, 200)]) for _ in range(3000)]
+    assert stats.clustered_interval(table) == pytest.approx(np.quantile(draws, (0.025, 0.975)).tolist(), abs=4e-3)
+    assert stats.mean_interval([table, [0.5] * 10])[1] == pytest.approx((np.quantile(draws, 0.975) + 0.5) / 2, abs=3e-3)
+    assert stats.standard_error(table) == pytest.approx(np.std(draws), rel=0.06)
+
+
+def test_where_a_template_asks_some_items_only_p_is_that_of_all_swaps_of_items() -> None:
+    change = some_items(3, 10, 0.5) - 0.25
+    seen = abs(template_means(change))
+    swaps = [abs(template_means(change * np.array(signs)[:, None])) for signs in itertools.product((1, -1), repeat=10)]
+    expected = sum(each >= seen - 1e-12 for each in swaps) / len(swaps)
+    assert 0.02 < expected < 0.98 and stats.clustered_paired_p(change) == pytest.approx(expected, abs=0.02)
 
 
 def test_mcnemars_p_equals_the_sum_of_its_binomial() -> None:

@@ -153,6 +153,15 @@ def test_the_interval_over_templates_is_over_rows_not_over_their_renderings() ->
     assert many["n"] == 80 and many["rows"] == 8
 
 
+def test_value_and_interval_are_of_the_mean_over_templates_where_one_asks_some_rows_only() -> None:
+    result = runner.summarize(
+        [*(rendering("all", row, True) for row in range(100)), *(rendering("few", row, False) for row in range(10))], "rank"
+    )
+    assert result["value"] == result["over_templates"]["mean"] == 50.0 and (result["n"], result["rows"]) == (110, 100)
+    assert result["ci95"] == [50.0, 50.0], "every row drawn is right through the one, and wrong through the other"
+    assert result["stderr"]["accuracy"] == pytest.approx(0.0, abs=1e-9)
+
+
 def test_a_run_through_promptsources_templates_has_a_result_for_each(
     pico: Path, shared_data: Path, promptsource: str, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from mtllama.errors import UserError
 from mtllama.evaluate import metrics, protocols, stats
 from mtllama.evaluate.journal import RECORDS
 from mtllama.evaluate.protocols import Record
-from mtllama.evaluate.runner import read_run
+from mtllama.evaluate.runner import guesses, read_run
 from mtllama.evaluate.sets import SetDifference, set_difference, set_metrics
 from mtllama.tasks.catalog import find_tasks
 
@@ -23,6 +23,8 @@ Key = tuple[str, str, int]
 """Item id, template, and how often that pair came before: an item asked through several templates differs in the middle only."""
 Job = tuple[str, str]
 """Task and protocol."""
+Values = dict[tuple[str, int], dict[str, float]]
+"""By item, then by template."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Difference:
     """The least true difference that a test of this many items, as much at odds as these, finds four times out of five."""
     p: float
     p_holm: float
-    """Adjusted over the tasks of the same protocol."""
+    """Adjusted over the tasks by their primary protocols, if this is one; else over the tasks of the same protocol."""
 
 
 @dataclass(frozen=True)
@@ -145,12 +147,12 @@ class Run:
             found.setdefault(template, {})[item, turn] = protocols.answer(record)
         return found
 
-    def values(self, job: Job) -> dict[tuple[str, int], list[float]]:
-        """What each item adds to the task's metric, one value a template."""
+    def values(self, job: Job, keys: Iterable[Key] | None = None) -> Values:
+        """What each item adds to the task's metric, by template; of some `keys`, or of all."""
         metric = self.results["tasks"][job[0]][job[1]]["metric"]
-        items: dict[tuple[str, int], list[float]] = {}
-        for key, record in self.jobs[job].items():
-            items.setdefault((key[0], key[2]), []).append(protocols.value(record, metric))
+        items: Values = {}
+        for key in self.jobs[job] if keys is None else keys:
+            items.setdefault((key[0], key[2]), {})[key[1]] = protocols.value(self.jobs[job][key], metric)
         return items
 
 
@@ -200,26 +202,31 @@ def compare(base: Run, tuned: Run, *, advance: Callable[..., None] = lambda num=
             result = base.results["tasks"][job[0]][job[1]]
             tested = pairs[job].tested()
             before, after = tested.pop("before"), tested.pop("after")
-            guesses = {key: result[key] for key in ("metric", "chance", "majority")}
-            tasks.append(Difference(role=role, task=job[0], protocol=job[1], base=before, tuned=after, p_holm=1.0, **guesses, **tested))
+            known = {key: result[key] for key in ("metric", "chance", "majority")}
+            tasks.append(Difference(role=role, task=job[0], protocol=job[1], base=before, tuned=after, p_holm=1.0, **known, **tested))
             names = next(iter(base.jobs[job].values()))["metrics"]
             answers = base.answers(job), tuned.answers(job)
             whole += [set_difference(role, *job, name, *answers) for name in set_metrics(names, answers[0])]
         chosen = primary(group)
         every = [pairs[job].differences for job in chosen]
-        before = 100 * float(np.mean([pairs[job].before.mean() for job in chosen]))
-        after = 100 * float(np.mean([pairs[job].after.mean() for job in chosen]))
+        before = 100 * float(np.mean([stats.item_values(pairs[job].before).mean() for job in chosen]))
+        after = 100 * float(np.mean([stats.item_values(pairs[job].after).mean() for job in chosen]))
         names, ways = zip(*chosen, strict=True)
-        ci95, p = _percent(stats.mean_interval(every)), stats.paired_p(every)
+        ci95, p = _percent(stats.mean_interval([pairs[job].drawn for job in chosen])), stats.paired_p(every)
         means.append(Mean(role, names, ways, sum(map(len, every)), before, after, after - before, ci95, p))
     unmatched = tuple(
         f"{task} ({protocol})" for task, protocol in dict.fromkeys((*base.jobs, *tuned.jobs)) if (task, protocol) not in pairs
     )
+    headline = set(primary(jobs_of([base.results, tuned.results])))
+
+    def shown_in(row: Difference | SetDifference) -> str:
+        return "" if (row.task, row.protocol) in headline else row.protocol
+
     return Comparison(
         base.name,
         tuned.name,
-        tuple(_adjusted(tasks, lambda row: row.protocol)),
-        tuple(_adjusted(whole, lambda row: (row.protocol, row.metric))),
+        tuple(_adjusted(tasks, shown_in)),
+        tuple(_adjusted(whole, shown_in)),
         tuple(means),
         unmatched,
     )
@@ -235,17 +242,10 @@ def agreements(run: Run, *, advance: Callable[..., None] = lambda num=1, note=""
             both = [key for key in left if key in right]
             if not both:
                 continue
-            result = run.results["tasks"][task][first]
             same = sum(_choice(left[key]) == _choice(right[key]) for key in both)
-            inside = {(key[0], key[2]) for key in both}
-            before, after = (
-                {item: values for item, values in run.values((task, way)).items() if item in inside} for way in (first, second)
-            )
-            tested = _Pairs.of(before, after).tested()
-            guesses = {key: result[key] for key in ("chance", "majority")}
-            found.append(
-                Agreement(task=task, first=first, second=second, agreement=100 * same / len(both), p_holm=1.0, **guesses, **tested)
-            )
+            tested = _Pairs.of(run.values((task, first), both), run.values((task, second), both)).tested()
+            known: dict[str, Any] = guesses([left[key] for key in both])
+            found.append(Agreement(task=task, first=first, second=second, agreement=100 * same / len(both), p_holm=1.0, **known, **tested))
     return _adjusted(found, lambda row: (row.first, row.second))
 
 
@@ -267,30 +267,38 @@ def _choice(record: Record) -> str | None:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """(items,) before and after: each item's mean over its templates, in one order of items."""
+    """(items, templates) before and after, in one order of both."""
 
     before: np.ndarray
     after: np.ndarray
 
     @classmethod
-    def of(cls, left: Mapping[tuple[str, int], Sequence[float]], right: Mapping[tuple[str, int], Sequence[float]]) -> "_Pairs":
-        return cls(stats.item_means(list(left.values())), stats.item_means([right[item] for item in left]))
+    def of(cls, left: Values, right: Values) -> "_Pairs":
+        ordered = [{template: right[item][template] for template in values} for item, values in left.items()]
+        return cls(stats.as_table(left.values()), stats.as_table(ordered))
 
     @property
     def differences(self) -> list[float]:
-        return list((self.after - self.before).tolist())
+        """What each item adds to the difference."""
+        return list((stats.item_values(self.after) - stats.item_values(self.before)).tolist())
+
+    @property
+    def drawn(self) -> list[float] | np.ndarray:
+        """What a bootstrap draws: where templates ask different items, items with all that they were asked."""
+        change: np.ndarray = self.after - self.before
+        return change if np.isnan(change).any() else self.differences
 
     def tested(self) -> dict[str, Any]:
         """The fields that a difference and an agreement share, in percent."""
-        differences = self.differences
-        effect = stats.detectable_effect(differences)
-        before, after = (100 * float(side.mean()) for side in (self.before, self.after))
+        differences, drawn = self.differences, self.drawn
+        effect = stats.detectable_effect(stats.item_deviations(drawn).tolist() if isinstance(drawn, np.ndarray) else drawn)
+        before, after = (100 * float(stats.item_values(side).mean()) for side in (self.before, self.after))
         return {
             "num_items": len(differences),
             "before": before,
             "after": after,
             "difference": after - before,
-            "ci95": _percent(stats.mean_interval([differences])),
+            "ci95": _percent(stats.mean_interval([drawn])),
             "better": sum(each > 0 for each in differences),
             "worse": sum(each < 0 for each in differences),
             "detectable": None if effect is None else 100 * effect,

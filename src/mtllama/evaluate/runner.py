@@ -203,23 +203,44 @@ def summarize(records: Sequence[Record], protocol: str) -> dict[str, Any]:
         for name, group in by_template.items()
     }
     metric = next(iter(judged[0][1].values))
-    by_row: dict[int, list[dict[str, float]]] = {}
+    by_row: dict[int, dict[str, dict[str, float]]] = {}
     for record, judgement in judged:
-        by_row.setdefault(record["row"], []).append(judgement.values)
-    values_by_row = {name: [[values[name] for values in row] for row in by_row.values()] for name in judged[0][1].values}
-    low, high = stats.clustered_interval(values_by_row[metric])
+        by_row.setdefault(record["row"], {})[record["template"]] = judgement.values
+    tables = {
+        name: stats.as_table({template: values[name] for template, values in row.items()} for row in by_row.values())
+        for name in judged[0][1].values
+    }
+    low, high = stats.clustered_interval(tables[metric])
     each = list(templates.values())
     result: dict[str, Any] = {"protocol": protocol, "metric": metric}
     result |= {
         name: _mean([template.get(name) for template in each]) for name in dict.fromkeys(name for t in each for name in t["metrics"])
     }
     result |= {"value": result[metric], "ci95": [100 * low, 100 * high], "n": len(judged), "rows": len(by_row)}
-    errors = {name: stats.standard_error(rows) for name, rows in values_by_row.items()}
+    errors = {name: stats.standard_error(table) for name, table in tables.items()}
     result["stderr"] = {name: None if error is None else 100 * error for name, error in errors.items()}
     result["set_ci95"] = {name: list(each.overall.ci95) for name, each in of_set.items()}
-    result |= {name: _mean([template[name] for template in each]) for name in ("chance", "majority")}
+    result |= guesses(records)
     result |= {name: sum(template[name] for template in each) for name in ("unparsed", "not_found", "cut")}
     return result | {"over_templates": _spread([template["value"] for template in each]), "templates": templates}
+
+
+def guesses(records: Sequence[Record]) -> dict[str, float | None]:
+    """What guessing gets and what the most frequent right position gets, in percent: means over the templates, like a value."""
+    by_template: dict[str, list[Record]] = {}
+    for record in records:
+        by_template.setdefault(record["template"], []).append(record)
+    each = [_guesses(group) for group in by_template.values()]
+    return {name: _mean([template[name] for template in each]) for name in ("chance", "majority")}
+
+
+def _guesses(records: Sequence[Record]) -> dict[str, float | None]:
+    ranked = [record for record in records if record["choices"]]
+    golds = Counter(record["gold_index"] for record in ranked)
+    return {
+        "chance": 100 * sum(1 / len(record["choices"]) for record in ranked) / len(ranked) if ranked else None,
+        "majority": 100 * max(golds.values()) / len(ranked) if ranked else None,
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -250,8 +271,6 @@ def _summary(judged: Sequence[tuple[Record, Judgement]], of_set: dict[str, sets.
     values = {name: 100 * sum(judgement.values[name] for judgement in judgements) / len(judgements) for name in judgements[0].values}
     values |= {name: each.value for name, each in of_set.items()}
     result: dict[str, Any] = {name: values[name] for name in judged[0][0]["metrics"] if name in values}
-    ranked = [record for record, _ in judged if record["choices"]]
-    golds = Counter(record["gold_index"] for record in ranked)
     return result | {
         "metric": metric,
         "metrics": list(result),
@@ -259,8 +278,7 @@ def _summary(judged: Sequence[tuple[Record, Judgement]], of_set: dict[str, sets.
         "ci95": [100 * low, 100 * high],
         "set_ci95": {name: list(each.ci95) for name, each in of_set.items()},
         "n": len(judged),
-        "chance": 100 * sum(1 / len(record["choices"]) for record in ranked) / len(ranked) if ranked else None,
-        "majority": 100 * max(golds.values()) / len(ranked) if ranked else None,
+        **_guesses([record for record, _ in judged]),
         "unparsed": sum(judgement.unparsed for judgement in judgements),
         "not_found": sum(judgement.not_found for judgement in judgements),
         "cut": sum(record["cut"] for record, _ in judged),

@@ -108,8 +108,8 @@ def results(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Section:
         paragraphs += [
             "Differences are paired: both runs answered the same items, and an item that several templates ask about counts once. Their "
             "intervals are of the paired bootstrap. p is of McNemar's exact test, or, where values are not 0 or 1 and for means, of "
-            "random sign flips; both are two-sided. Under it stands p adjusted by Holm's method over the tasks of the same protocol, and "
-            "a difference is bold where that is below 0.05.",
+            "random sign flips; both are two-sided. Under it stands p adjusted by Holm's method over all tasks of these tables (in the "
+            "tables of another protocol, over the tasks of theirs), and a difference is bold where that is below 0.05.",
             "Better and worse count the items on which a run beats base and the reverse. The last column is the least true difference "
             "that a test with as many items, as much at odds, would find four times out of five (power 80%, level 5%, before Holm). "
             "Smaller ones are likely to be missed.",
@@ -118,7 +118,7 @@ def results(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Section:
         paragraphs.append(
             "Macro-F1 and BLEU are of a whole set, and no item has a value of its own. Their differences are paired, too: the interval is of "
             "the bootstrap that draws the same items for both runs, p of random swaps of the two runs' answers to an item, Holm's p over the "
-            "tasks of the same protocol."
+            "rows of their table."
         )
     return Section("Results", paragraphs, pictures=pictures, grids=grids)
 
@@ -137,12 +137,12 @@ def families(runs: Sequence[Run]) -> Section:
     for family, group in groups.items():
         ends: list[tuple[float, float, float] | None] = []
         for run in runs:
-            there = [stats.item_means(list(run.values(job).values())).tolist() for job in group if job in run.jobs]
+            there = [stats.as_table(run.values(job).values()) for job in group if job in run.jobs]
             if len(there) < len(group):  # a mean over other tasks would be compared with it
                 ends.append(None)
                 continue
             low, high = stats.mean_interval(there)
-            ends.append((100 * float(np.mean([np.mean(task) for task in there])), 100 * low, 100 * high))
+            ends.append((100 * float(np.mean([stats.item_values(table).mean() for table in there])), 100 * low, 100 * high))
         chances = [next(filter(None, (run.result(job) for run in runs)))["chance"] for job in group]
         chance = None if None in chances else sum(chances) / len(chances)
         drawn.append(Bars(family, tuple(ends), chance, None))

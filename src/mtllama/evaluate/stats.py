@@ -1,11 +1,12 @@
 """Intervals, paired tests and what a number can be. All random draws are seeded, so a report is the same every time.
 
 Values are shares from 0 to 1. Where several templates ask about one item, their values belong together: the functions
-take the values *of an item* (`values_by_item`), and an item's mean is what is drawn, flipped and counted.
+take a table (items, templates), NaN where a template does not ask an item, and items are what is drawn, flipped and counted.
+What is estimated is the mean over templates of their means; where every template asks every item, that is the mean of the items' means.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -18,19 +19,45 @@ SET_RESAMPLES = 1_000
 POWER = 0.8
 
 Floats = Sequence[float]
+Table = Sequence[Floats] | np.ndarray
+"""(items, templates)"""
 Resampled = Callable[[np.ndarray], np.ndarray]
 """(sets, answers), how often each answer stands in a set -> (sets,), the number of interest of each set."""
 
 
-def item_means(values_by_item: Sequence[Floats]) -> np.ndarray:
-    """(items,): the mean of each item's values; an item without values is an error of the caller."""
-    return np.array([np.mean(values) for values in values_by_item], dtype=np.float64)
+def as_table(items: Iterable[Mapping[str, float]]) -> np.ndarray:
+    """(items, templates): the values of each item by template, NaN where a template does not ask it."""
+    rows = list(items)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return np.array([[row.get(name, math.nan) for name in names] for row in rows], dtype=np.float64)
 
 
-def standard_error(values_by_item: Sequence[Floats]) -> float | None:
-    """Standard error of the mean over items of each item's mean, by the sample's standard deviation; of one item it is not known."""
-    means = item_means(values_by_item)
-    return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
+def item_values(table: Table) -> np.ndarray:
+    """(items,): what each item adds; their mean is the mean over templates of their means.
+
+    Where every template asks every item it is the mean of the item's values, else each is weighted by how few items its template asks.
+    Of differences it is what changes its sign where two models' answers to the item are swapped.
+    """
+    array = np.asarray(table, dtype=np.float64)
+    there = ~np.isnan(array)
+    if there.all():
+        means: np.ndarray = array.mean(axis=1)
+        return means
+    weighted: np.ndarray = (np.where(there, array, 0.0) * (len(array) / there.sum(axis=0))).mean(axis=1)
+    return weighted
+
+
+def item_deviations(table: Table) -> np.ndarray:
+    """(items,): the same as far as chance is concerned: how many templates ask an item is no deviation of the item's."""
+    array = np.asarray(table, dtype=np.float64)
+    there = ~np.isnan(array)
+    return item_values(array) if there.all() else item_values(array - np.nanmean(array, axis=0))
+
+
+def standard_error(table: Table) -> float | None:
+    """Standard error of the mean over templates, by the sample's standard deviation over items; of one item it is not known."""
+    values = item_deviations(table)
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def exact_interval(num_correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -44,10 +71,10 @@ def bootstrap_interval(values: Floats, level: float = 0.95, seed: int = 0) -> tu
     return mean_interval([values], level, seed)
 
 
-def mean_interval(tasks: Sequence[Floats], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def mean_interval(tasks: Sequence[Floats | np.ndarray], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean over tasks of their means; items are drawn within their task.
 
-    With paired differences for values it is the paired bootstrap.
+    A task is the values of its items, or a table of them. With paired differences for values it is the paired bootstrap.
     """
     rng = np.random.default_rng(seed)
     return _ends(np.mean([_resampled_means(np.asarray(task, dtype=np.float64), rng) for task in tasks], axis=0), level)
@@ -60,9 +87,10 @@ def interval(values: Floats) -> tuple[float, float]:
     return bootstrap_interval(values)
 
 
-def clustered_interval(values_by_item: Sequence[Floats]) -> tuple[float, float]:
-    """95% interval of the mean over items of each item's mean: however many templates ask, the items are what was drawn."""
-    return interval(item_means(values_by_item).tolist())
+def clustered_interval(table: Table) -> tuple[float, float]:
+    """95% interval of the mean over templates of their means: however many templates ask, the items are what was drawn."""
+    array = np.asarray(table, dtype=np.float64)
+    return mean_interval([array]) if np.isnan(array).any() else interval(item_values(array).tolist())
 
 
 def statistic_interval(resampled: Resampled, n: int, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
@@ -112,9 +140,9 @@ def paired_p(differences: Sequence[Floats], seed: int = 0) -> float:
     return (int((np.abs(means) >= observed - 1e-12).sum()) + 1) / (RESAMPLES + 1)
 
 
-def clustered_paired_p(differences_by_item: Sequence[Floats], seed: int = 0) -> float:
+def clustered_paired_p(differences: Table, seed: int = 0) -> float:
     """Two-sided p of one task's mean difference where several templates ask about an item: an item's sign flips as a whole."""
-    return paired_p([item_means(differences_by_item).tolist()], seed)
+    return paired_p([item_values(differences).tolist()], seed)
 
 
 def holm(ps: Floats) -> list[float]:
@@ -172,8 +200,18 @@ def _ends(draws: np.ndarray, level: float) -> tuple[float, float]:
 
 
 def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(RESAMPLES,): means of as many values drawn with replacement."""
+    """(RESAMPLES,): means of as many values drawn with replacement; of a table, the means over templates of their means."""
     n = len(values)
+    there = ~np.isnan(values)
+    if values.ndim == 2 and there.all():
+        values = item_values(values)
+    if values.ndim == 2:
+        filled, found = np.where(there, values, 0.0), []
+        for _ in range(RESAMPLES // BLOCK):
+            weights = rng.multinomial(n, np.full(n, 1 / n), BLOCK).astype(np.float64)
+            with np.errstate(invalid="ignore"):  # a template that none of the drawn items is asked through says nothing about them
+                found.append(np.nanmean((weights @ filled) / (weights @ there), axis=1))
+        return np.concatenate(found)
     distinct, counts = np.unique(values, return_counts=True)
     blocks = range(RESAMPLES // BLOCK)
     if 8 * len(distinct) <= n:  # how often each distinct value is drawn has a known law, which is drawn faster
