@@ -1,19 +1,28 @@
 """What a client may ask over HTTP, field by field: OpenAI's completions and chat, choices to score, tasks to run.
 
 Fields that would change an answer and are not served are refused; unknown ones are ignored, as other servers do.
+
+A body is checked on the event loop, so the first wrong item of a list ends it: an error for each of a million would keep everybody waiting.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-MAX_PROMPTS, MAX_N, MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS, MAX_TURNS = 64, 16, 16, 256, 20, 256
+MAX_PROMPTS, MAX_N, MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS, MAX_TURNS, MAX_FIELDS = 64, 16, 16, 256, 20, 256, 100
 
 Text = Annotated[str, Field(max_length=1_000_000)]
-Ids = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1, max_length=1_000_000)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1, max_length=1_000_000, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+def _few(fields: Any) -> Any:
+    # Before their names are looked at: objects have no way of their own to stop at the first wrong one in all of pydantic's versions.
+    if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
+        raise ValueError(f"there are {len(fields)} fields; at most {MAX_FIELDS} are read")
+    return fields
 
 
 class _Request(BaseModel):
@@ -31,15 +40,19 @@ class _Sampled(_Request):
 
     model: str | None = Field(None, max_length=1000, description="Name of the served model; none: the one there is.")
     temperature: Number | None = Field(None, ge=0, le=100, description="0 is greedy. Default: 1, as OpenAI has it.")
-    top_p: Number | None = Field(None, gt=0, le=1)
+    top_p: Number | None = Field(None, ge=0, le=1, description="0 leaves the likeliest token.")
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     seed: Seed | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     frequency_penalty: Number | None = Field(None, description="Not served; must be 0.")
     presence_penalty: Number | None = Field(None, description="Not served; must be 0.")
-    logit_bias: dict[str, Number] | None = Field(None, description="Not served; must be empty.")
+    repetition_penalty: Number | None = Field(None, description="Not served; must be 1.")
+    top_k: int | None = Field(None, description="Not served; must be 0 or -1, all tokens.")
+    min_p: Number | None = Field(None, description="Not served; must be 0.")
+    logit_bias: dict[Any, Any] | None = Field(None, description="Not served; must be empty.")
+    stop_token_ids: list[Any] | None = Field(None, description="Not served; must be empty.")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -48,9 +61,25 @@ class _Sampled(_Request):
 
     @model_validator(mode="after")
     def _served(self) -> Any:
-        if self.frequency_penalty or self.presence_penalty or self.logit_bias:
-            raise ValueError("frequency_penalty, presence_penalty and logit_bias are not served; leave them out")
+        for name, harmless in _HARMLESS.items():
+            value = getattr(self, name)
+            if value is not None and value not in harmless:
+                raise ValueError(f"{name} is not served; leave it out")
+        if self.top_p == 0:  # the smallest set of tokens that there is: the likeliest one
+            self.top_p, self.temperature = None, 0.0
         return self
+
+
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "logit_bias": ({},),
+    "stop_token_ids": ([],),
+}
+"""Values of what is not served that change nothing, and that clients send of their own accord."""
 
 
 class CompletionRequest(_Sampled):
@@ -59,8 +88,8 @@ class CompletionRequest(_Sampled):
     prompt: (
         Text
         | Ids
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     ) = Field(description="Text, ids, or a list of either.")
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(
         16, description="0, with echo: only the prompt is told, and its log-probabilities."
@@ -99,7 +128,7 @@ class Message(_Request):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[ContentPart], Field(max_length=MAX_TURNS)]
+    content: Text | Annotated[list[ContentPart], Field(max_length=MAX_TURNS, fail_fast=True)]
 
     @property
     def text(self) -> str:
@@ -110,7 +139,7 @@ class Message(_Request):
 class ChatRequest(_Sampled):
     """`POST /v1/chat/completions`, in the model's own prompt format."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS)] = Field(
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)] = Field(
         description="An optional system message, then user and assistant in turn; the last one is a user's."
     )
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -118,12 +147,13 @@ class ChatRequest(_Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: list[Any] | None = Field(None, description="Not served.")
-    response_format: dict[str, Any] | None = Field(None, description="Not served but for {'type': 'text'}.")
+    functions: list[Any] | None = Field(None, description="Not served.")
+    response_format: dict[Any, Any] | None = Field(None, description="Not served but for {'type': 'text'}.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Any:
-        if self.tools:
-            raise ValueError("tools are not served; leave them out")
+        if self.tools or self.functions:
+            raise ValueError(f"{'tools' if self.tools else 'functions'} are not served; leave them out")
         if self.response_format and self.response_format.get("type") != "text":
             raise ValueError("response_format is not served; leave it out")
         roles = [message.role for message in self.messages]
@@ -138,7 +168,7 @@ class ScoreRequest(_Request):
 
     model: str | None = Field(None, max_length=1000)
     prompt: Text
-    choices: Annotated[list[Text], Field(min_length=1, max_length=512)]
+    choices: Annotated[list[Text], Field(min_length=1, max_length=512, fail_fast=True)]
     raw: bool = Field(False, description="Join prompt and choices as they stand: no prompt format, no end marker.")
 
 
@@ -147,4 +177,6 @@ class TaskRequest(_Request):
 
     model: str | None = Field(None, max_length=1000)
     template: str | None = Field(None, max_length=200, description="Name of one of its prompts; none: the first.")
-    fields: dict[Annotated[str, Field(max_length=200)], Any] = Field(description="The task's fields by name.")
+    fields: Annotated[dict[Annotated[str, Field(max_length=200)], Any], Field(max_length=MAX_FIELDS), BeforeValidator(_few)] = Field(
+        description="The task's fields by name."
+    )
