@@ -162,6 +162,13 @@ def test_a_folder_without_a_report_is_told(engine: Engine, tmp_path: Path) -> No
         start(engine, bound, page=PageSettings(report=tmp_path))
 
 
+def test_the_page_takes_no_files(paged: Served) -> None:
+    for path in ("/gradio_api/upload", "/gradio_api/upload?upload_id=x", "/gradio_api/upload/", "//gradio_api/upload", "/upload"):
+        answer = httpx.post(f"{paged.url}{path}", files={"files": ("x.bin", b"x" * 1000)}, follow_redirects=True)
+        assert answer.status_code in (403, 404, 405), path
+    assert "takes no files" in httpx.post(f"{paged.url}/gradio_api/upload", files={"files": ("x", b"x")}).json()["error"]["message"]
+
+
 def test_the_page_serves_no_file_but_its_own(paged: Served) -> None:
     assert httpx.get(paged.url).status_code == 200
     for path in (

@@ -20,10 +20,14 @@ from served import PATIENCE, SLOW, Served, run_server
 
 from mtllama import api
 from mtllama.data.prompt import Turn
+from mtllama.errors import UserError
 from mtllama.evaluate.endpoint import Endpoint
 from mtllama.model.engine import Engine
+from mtllama.model.find import find_model
+from mtllama.model.load import load_model
 from mtllama.serve import guards
 from mtllama.serve.scheduler import Limits
+from mtllama.serve.server import bind, start
 
 
 def greedy(served: Served, prompt: str, count: int) -> list[int]:
@@ -175,6 +179,15 @@ def test_tasks_are_listed_and_run(served: Served) -> None:
 
 # Bad requests
 
+COPA = {"premise": "The candle went out.", "question": "cause", "choice1": "I blew on it", "choice2": "I lit it"}
+
+
+def nested(depth: int) -> Any:
+    value: Any = "a"
+    for _ in range(depth):
+        value = [value]
+    return value
+
 
 @pytest.mark.parametrize(
     ("path", "body", "status", "says"),
@@ -188,6 +201,8 @@ def test_tasks_are_listed_and_run(served: Served) -> None:
         ("/v1/completions", {"prompt": "x", "model": "gpt-4"}, 404, "'gpt-4' is not served here; 'pico' is"),
         ("/v1/completions", {"prompt": "x", "suffix": "y"}, 400, "suffix is not served"),
         ("/v1/completions", {"prompt": "x", "presence_penalty": 1}, 400, "not served"),
+        ("/v1/completions", {"prompt": "x", "top_k": 40}, 400, "top_k is not served"),
+        ("/v1/completions", {"prompt": [""] * 100_000}, 400, "prompt"),
         ("/v1/completions", {"prompt": "x", "stop": [""]}, 400, "stop"),
         ("/v1/chat/completions", {"messages": []}, 400, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, 400, "in turn"),
@@ -199,13 +214,47 @@ def test_tasks_are_listed_and_run(served: Served) -> None:
         ("/v1/tasks/copa/run", {"fields": {"premise": "x"}}, 400, "question, choice1, choice2 missing"),
         ("/v1/tasks/copa/run", {"fields": {}, "template": "none"}, 400, "has no template 'none'"),
         ("/v1/tasks/squad/run", {"fields": {"context": 5, "question": "x"}}, 400, "template 'mt-llama' of squad"),
+        ("/v1/tasks/squad/run", {"fields": {"context": "\ud800", "question": "x"}}, 400, "half of a surrogate pair"),
+        ("/v1/tasks/copa/run", {"fields": {**COPA, "choice1": "\udfff"}}, 400, "half of a surrogate pair"),
+        ("/v1/tasks/copa/run", {"fields": {**COPA, "\ud800": 1}}, 400, "fields"),
+        ("/v1/tasks/copa/run", {"fields": {str(i): "" for i in range(101)}}, 400, "there are 101 fields; at most 100 are read"),
+        ("/v1/tasks/cos_e_v1.11/run", {"fields": {"question": "x", "choices": nested(200)}}, 400, "nested more than 100 deep"),
+        ("/v1/tasks/cos_e_v1.11/run", {"fields": {"question": "x", "choices": nested(700)}}, 400, "nested more than 100 deep"),
     ],
 )
 def test_a_bad_request_gets_one_clear_line(served: Served, path: str, body: dict[str, Any], status: int, says: str) -> None:
-    answer = served.post(path, **body)
+    # Written as pure ASCII: halves of surrogate pairs are JSON, but nothing that httpx would encode.
+    answer = httpx.post(f"{served.url}{path}", content=json.dumps(body), headers={"Content-Type": "application/json"}, timeout=PATIENCE)
     error = answer.json()["error"]
     assert answer.status_code == status and says in error["message"] and "\n" not in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_a_chat_template_that_refuses_a_dialogue_is_told(pico: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "choosy"
+    shutil.copytree(pico, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ messages[-1].content }}"
+    )
+    choosy = Engine(load_model(find_model(str(folder)), dtype="float32", format="native"))
+    with run_server(choosy) as served:
+        said = [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]
+        answer = served.post("/v1/chat/completions", messages=said)
+        assert answer.status_code == 400 and "chat template refuses this: no system role" in answer.json()["error"]["message"]
+        assert served.post("/v1/chat/completions", messages=said[1:], max_tokens=2).status_code == 200
+
+
+def test_an_error_that_quotes_half_a_surrogate_pair_can_be_sent() -> None:
+    answer = guards.RefusedError(400, "it says \ud800").response()
+    assert json.loads(bytes(answer.body))["error"]["message"] == "it says \\ud800"
+
+
+def test_a_top_p_of_0_is_the_likeliest_token(served: Served) -> None:
+    body = {"prompt": "Is fog wet?", "max_tokens": 12}
+    greedy_text = served.post("/v1/completions", **body, temperature=0).json()["choices"][0]["text"]
+    texts = [served.post("/v1/completions", **body, temperature=2, top_p=0).json()["choices"][0]["text"] for _ in range(3)]
+    assert texts == [greedy_text] * 3
+    assert served.post("/v1/completions", **body, temperature=2, seed=1).json()["choices"][0]["text"] != greedy_text
 
 
 def test_a_body_that_is_no_json_or_too_large_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,6 +414,25 @@ def test_counters_count(engine: Engine) -> None:
         assert 'mtllama_requests_total{route="/v1/completions",status="400"} 1.0' in text
         assert served.metric("mtllama_generated_tokens_total") == len(greedy(served, "one two", 3))
         assert served.metric("mtllama_scored_tokens_total") > 0 and served.metric("mtllama_first_token_seconds_count") == 1
+
+
+def test_the_time_to_first_text_begins_where_the_request_comes_in(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw_ids = engine.encoder.raw_ids
+    monkeypatch.setattr(engine.encoder, "raw_ids", lambda text: (time.sleep(0.3), raw_ids(text))[1])  # a long prompt takes its time
+    with run_server(engine) as served:
+        assert served.post("/v1/completions", prompt="x", max_tokens=1, temperature=0).status_code == 200
+        assert served.metric("mtllama_first_token_seconds_sum") >= 0.3
+
+
+@pytest.mark.parametrize("key", ["", "  "])
+def test_an_empty_key_lets_nobody_in_unnoticed(engine: Engine, key: str) -> None:
+    with bind("127.0.0.1", 0) as bound, pytest.raises(UserError, match="the API key is empty"):
+        start(engine, bound, api_key=key)
+
+
+def test_an_empty_host_is_not_every_address_of_the_machine() -> None:
+    with pytest.raises(UserError, match="--host is empty"):
+        bind("", 0)
 
 
 def test_lm_eval_gets_the_offline_numbers(served: Served) -> None:

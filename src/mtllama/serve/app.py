@@ -23,7 +23,7 @@ from mtllama.errors import UserError
 from mtllama.model.engine import Branches, Engine, Scored
 from mtllama.model.generation import Settings
 from mtllama.serve.answers import Answer, Chat, Completion
-from mtllama.serve.guards import Bounded, Guarded, HeardOut, Measured, RefusedError
+from mtllama.serve.guards import BEGAN, Bounded, Fileless, Guarded, HeardOut, Measured, RefusedError
 from mtllama.serve.metrics import Metrics
 from mtllama.serve.requests import ChatRequest, CompletionRequest, ScoreRequest, TaskRequest
 from mtllama.serve.scheduler import BusyError, ClosedError, Scheduler, Update
@@ -71,7 +71,9 @@ def make_app(
     _add_state(app, serving)
     # The last one added is the first that a request meets.
     app.add_middleware(Bounded)
-    if api_key:
+    if page:
+        app.add_middleware(Fileless)
+    if api_key is not None:
         app.add_middleware(Guarded, api_key=api_key, page=page)
     app.add_middleware(Measured, metrics=serving.metrics)
     app.add_middleware(HeardOut)
@@ -171,7 +173,7 @@ async def _answered(serving: Serving, request: Request, answer: Answer, *, strea
         answer.echo = await _scored(serving, request, scored, top=answer.top)
     prompts = [prompt for prompt in answer.prompts for _ in range(answer.per_prompt)] if answer.settings else []
     running = _Running(serving, prompts, answer.settings)
-    usage = _Usage(serving.metrics, sum(map(len, answer.prompts)))
+    usage = _Usage(serving.metrics, sum(map(len, answer.prompts)), request.scope[BEGAN])
     if stream:
         events = _events(answer, running, usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -235,8 +237,8 @@ def _event(chunk: dict[str, Any]) -> str:
 class _Usage:
     """Tokens of an answer, counted as they come."""
 
-    def __init__(self, metrics: Metrics, prompt_tokens: int) -> None:
-        self.metrics, self.prompt_tokens, self.began = metrics, prompt_tokens, time.monotonic()
+    def __init__(self, metrics: Metrics, prompt_tokens: int, began: float) -> None:
+        self.metrics, self.prompt_tokens, self.began = metrics, prompt_tokens, began
         self.new_tokens = 0
 
     def saw(self, update: Update) -> None:

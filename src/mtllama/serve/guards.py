@@ -18,12 +18,17 @@ RETRY_AFTER = 1
 """Seconds after which a client is told to try again."""
 INTERFACE = ("/v1", "/metrics", "/openapi.json")
 """Where a key is asked for although there is a page, which has a log-in of its own."""
+FILES = ("/gradio_api/upload", "/gradio_api/process_recording")
+"""Where gradio takes files, which it keeps on the disk for as long as it runs; the page has no use for any."""
+BEGAN = "mtllama.began"
+"""Where in a request's scope it is kept when it came in (`time.monotonic`)."""
 
 
 class RefusedError(Exception):
     """A request that is answered with an error in OpenAI's form."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+        message = message.encode(errors="backslashreplace").decode()  # half a surrogate pair of a client's would not go into an answer
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
 
@@ -50,6 +55,7 @@ class Measured:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         began, status = time.monotonic(), 499  # nothing was sent: the client has gone
+        scope[BEGAN] = began
 
         async def seen(message: Message) -> None:
             nonlocal status
@@ -84,6 +90,20 @@ class Guarded:
 
     def _guards(self, path: str) -> bool:
         return path.startswith(INTERFACE) if self.page else path != "/health"
+
+
+class Fileless:
+    """Takes no files for a page that needs none."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] == "http" and scope["method"] != "GET" and scope["path"].startswith(FILES):
+            answer = RefusedError(403, f"{scope['method']} {scope['path']}: this page takes no files").response()
+            return await answer(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 class Bounded:

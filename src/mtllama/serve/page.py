@@ -84,7 +84,7 @@ def mount(app: FastAPI, page: Page, *, password: str | None = None) -> FastAPI:
         app,
         _blocks(page, framed=password is None),
         "",
-        auth=(USER, password) if password else None,
+        auth=(USER, password) if password is not None else None,
         auth_message=f"The name is {USER}; the password is the server's key.",
         theme=theme,
         css=CSS,

@@ -33,6 +33,8 @@ class Server(uvicorn.Server):
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket to serve on; `port` 0 takes a free one. Bound before a model is loaded: a port that is taken is told at once."""
+    if not host.strip():  # to a socket it would mean every address of the machine
+        raise UserError("--host is empty; 127.0.0.1 keeps the server to this machine, 0.0.0.0 lets others in")
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -65,6 +67,8 @@ def start(
     page: PageSettings | None = None,
 ) -> Server:
     """A server on a socket, ready to `run([bound])`; with a page, if settings for it are given."""
+    if api_key is not None and not api_key.strip():
+        raise UserError("the API key is empty; give one, or none at all to let everybody in")
     scheduler, name = Scheduler(engine, limits), name or engine.loaded.source.name
     other = Scheduler(page.other, limits) if page and page.other else None
     schedulers = (scheduler, other) if other else (scheduler,)
