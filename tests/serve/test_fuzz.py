@@ -19,13 +19,12 @@ def test_no_request_is_a_fault_of_the_server(served: Served, mode: GenerationMod
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("mode", MODES)
-def test_no_request_of_ten_thousand_is_a_fault_of_the_server(served: Served, mode: GenerationMode) -> None:
-    fuzz(served, mode, 6000)
+def test_no_request_of_ten_thousand_is_a_fault_of_the_server(served: Served) -> None:
+    assert sum(fuzz(served, mode, 6000) for mode in MODES) >= 10_000
 
 
-def fuzz(served: Served, mode: GenerationMode, wanted: int) -> None:
-    """Send about so many requests to the routes that take a body, and some to the others."""
+def fuzz(served: Served, mode: GenerationMode, wanted: int) -> int:
+    """Send so many requests to the routes that take a body, and some to the others; returns how many were answered."""
     schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) == ROUTES
@@ -48,10 +47,11 @@ def fuzz(served: Served, mode: GenerationMode, wanted: int) -> None:
         except Exception as error:  # a route without fields has nothing that could be wrong
             if mode is GenerationMode.POSITIVE or operation in posted or "Unsatisfiable" not in type(error).__name__:
                 raise
-    assert sum(answers.values()) >= wanted // 2, answers
+    assert sum(answers.values()) >= wanted * 5 // 6, answers  # a generator that has nothing new to say ends early
     if mode is GenerationMode.NEGATIVE:
         assert answers[400] > wanted // 5, answers
     else:
         assert answers[200] >= ROUTES, answers
     assert httpx.get(f"{served.url}/health").json()["status"] == "ok" and served.metric("mtllama_running") == 0
     assert served.post("/v1/completions", prompt="x", max_tokens=2).status_code == 200
+    return sum(answers.values())
