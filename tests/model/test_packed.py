@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Mistra
 
 from mtllama.data.prompt import find_format
 from mtllama.errors import UserError
-from mtllama.model import packed
+from mtllama.model import attention, packed
 from mtllama.model.engine import Branches, Engine
 from mtllama.model.families import SHARED, families
 from mtllama.model.find import ModelFolder
@@ -179,3 +179,5 @@ def test_attention_of_another_kind_is_refused(part: str) -> None:
     module.layer_idx = 0
     with pytest.raises(UserError, match=part):
         packed.packed_attention(module, query, query, query, None, plan=plan, **{part: 1.0})
+    with pytest.raises(UserError, match=part):
+        attention.segment_attention(module, query, query, query, None, segments=[3], **{part: 1.0})

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from mtllama.errors import UserError
+
 SEGMENTS = "mtllama_segments"
 """Name under which transformers finds it: `attn_implementation=SEGMENTS`, then `model(..., segments=[12, 40])`."""
 ROWS = 256
@@ -37,6 +39,7 @@ def segment_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each of `segments` (lengths that add up to seq); masks are not looked at."""
+    require_plain(module, kwargs)
     if query.device.type == "cpu" and not dropout and max(segments) <= LONGEST:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         dtype = value.dtype  # under autocast, rotated queries and keys are float32 beside values in bfloat16
@@ -55,6 +58,15 @@ def segment_attention(
     parts = zip(*(torch.split_with_sizes(each, segments, dim=2) for each in (query, key, value)), strict=True)
     outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout) for q, k, v in parts]
     return torch.cat(outputs, dim=2).transpose(1, 2), None  # [1, seq, heads, dim]
+
+
+def require_plain(module: torch.nn.Module, options: dict[str, Any]) -> None:
+    """Refuse a model whose attention has parts that would be left out without a word."""
+    for name in ("softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise UserError(
+                f"attention of {type(module).__name__} has a part ({name}) that is not computed here; the LLaMA family has none"
+            )
 
 
 def _has_flash(device: torch.device, dim: int) -> bool:

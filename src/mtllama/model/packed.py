@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from mtllama.errors import UserError
+from mtllama.model.attention import require_plain
 
 PACKED = "mtllama_packed"
 """Name under which transformers finds it."""
@@ -310,11 +310,7 @@ def packed_attention(
     """Attention as `plan` has it, masks not looked at; without a plan, transformers' own."""
     if plan is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise UserError(
-                f"attention of {type(module).__name__} has a part ({name}) that is not computed here; the LLaMA family has none"
-            )
+    require_plain(module, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return plan.attend(module.layer_idx, query[0], key[0], value[0], scale, sliding_window)[None], None  # type: ignore[arg-type]
 
