@@ -1,5 +1,6 @@
 """`train verify` on the pico model: it finds nothing where all is right, and finds what is wrong."""
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,21 @@ def mixed(module, query, key, value, mask, *, segments, **options):
     return attention.segment_attention(module, query, key, value, mask, segments=[sum(segments)], **options)
 attention.AttentionInterface.register(attention.SEGMENTS, mixed)
 """
-"""A `sitecustomize` for the runs: attention that sees the examples that stand in front."""
+"""Put in front of the runs: attention that sees the examples that stand in front."""
+HARM_GRADIENTS = """
+import torch
+from mtllama.data.batching import pack
+from mtllama.train import loop
+def means(objective, examples, tokens_per_pass, ranks):
+    losses = torch.zeros(len(examples))
+    for batch in pack(examples, tokens_per_pass):
+        token_losses = objective(batch)
+        token_losses.mean().backward()
+        losses.index_add_(0, batch.owners, token_losses.detach())
+    return losses
+loop._backward = means
+"""
+"""The mean of every pass, added up: right losses, and gradients as large as there are passes."""
 
 
 def recipe(pico: Path, out: Path) -> Recipe:
@@ -44,13 +59,30 @@ def test_adapters_can_be_verified_too(pico: Path, tmp_path: Path) -> None:
         verification.verify(replace(recipe(pico, tmp_path / "m"), lora=LoraConfig(rank=4, dropout=0.1)), ["packing"])
 
 
-def test_examples_that_see_each_other_are_found(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def harm(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "harmed.py"
-    program.write_text(f"{HARM}\nfrom mtllama.cli import main\nmain()\n", encoding="utf-8")
+    program.write_text(f"{by}\nfrom mtllama.cli import main\nmain()\n", encoding="utf-8")
     command = verification._command
     monkeypatch.setattr(verification, "_command", lambda recipe, ranks: [sys.executable, str(program), *command(recipe, ranks)[-3:]])
+
+
+def test_examples_that_see_each_other_are_found(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harm(HARM, tmp_path, monkeypatch)
     (found,) = verification.verify(recipe(pico, tmp_path / "m"), ["packing"], steps=2)
     assert not found.holds and found.loss > verification.ALLOWED
+
+
+def test_gradients_that_grow_with_the_passes_are_found_though_the_losses_agree(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harm(HARM_GRADIENTS, tmp_path, monkeypatch)
+    (found,) = verification.verify(recipe(pico, tmp_path / "m"), ["accumulation"], steps=2)
+    assert found.loss <= verification.ALLOWED and found.norm > 0.5 and not found.holds
+
+
+def test_a_norm_that_is_no_number_or_there_on_one_side_alone_is_no_agreement() -> None:
+    assert verification._relative(2.0, 2.002) == pytest.approx(1e-3) and verification._relative(0.0, 0.0) == 0.0
+    assert verification._relative(0.0, 1.0) == verification._relative(None, 1.0) == verification._relative(1.0, None) == math.inf
 
 
 def test_the_command_prints_a_table_and_its_status_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
