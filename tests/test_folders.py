@@ -233,7 +233,7 @@ def dead_process() -> int:
 
 def left_by(number: int, out: Path, kind: str) -> Path:
     """What a process of this machine that was killed would have left beside `out`."""
-    folder = out.with_name(f".{out.name}.{platform.node()}.{number}.{kind}")
+    folder = out.with_name(f".{out.name}.{platform.node()}.{number}-0123abcd.{kind}")
     folder.mkdir()
     (folder / "file").write_text(kind, encoding="utf-8")
     return folder
@@ -250,6 +250,16 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path: Path) -
     assert not left.exists() and not fetched.exists()
     assert other.exists() and running.exists() and elsewhere.exists()  # not ours, or not dead as far as we know
     assert (out / "file").read_text(encoding="utf-8") == "new"
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_not_in_the_way(tmp_path: Path) -> None:
+    """In a container the first process has the number 1 at every start; what this one makes itself is left alone."""
+    out = tmp_path / "out"
+    left, mine = left_by(os.getpid(), out, "partial"), folders.beside(out, "fetched")
+    mine.mkdir()
+    with folders.new_folder(out) as folder:
+        assert not left.exists() and mine.exists() and folder != left
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([mine.name, "out"])
 
 
 def test_a_result_that_a_killed_process_had_moved_aside_goes_back(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from importlib import metadata
@@ -19,6 +20,8 @@ from mtllama.errors import UserError
 
 MANIFEST = "mtllama.json"
 """File name of the manifest that every stage leaves in its folder."""
+_THIS = secrets.token_hex(4)
+"""Tells this process from earlier ones of the same number: in containers, that of the first one is 1 at every start."""
 
 
 def require_new(path: Path, *, overwrite: bool) -> None:
@@ -54,15 +57,16 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def beside(path: Path, kind: str) -> Path:
     """A hidden name beside `path` that tells which process made it, so that what a killed one left can be told."""
-    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.{kind}")
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}-{_THIS}.{kind}")
 
 
 def _tidy(path: Path) -> None:
     """Remove what processes of this machine that are no more left beside `path`; a result that one had moved aside goes back."""
     for kind in ("old", "partial", "fetched"):
         for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(platform.node())}.*.{kind}"):
-            number = left.name.split(".")[-2]
-            if not number.isdigit() or os.path.exists(f"/proc/{number}") or not os.path.isdir("/proc/self"):
+            number, _, made_by = left.name.split(".")[-2].partition("-")
+            ours = number == str(os.getpid())
+            if not number.isdigit() or (made_by == _THIS if ours else os.path.exists(f"/proc/{number}")) or not os.path.isdir("/proc/self"):
                 continue
             if kind == "old" and not path.exists():
                 left.rename(path)
