@@ -93,6 +93,38 @@ def test_the_self_test_says_the_largest_difference_and_ends_with_its_status(
     assert status == 1 and "MORE THAN -1" in said
 
 
+@pytest.mark.parametrize("kind", ["score", "generate"])
+def test_a_model_that_gives_no_numbers_is_refused_by_its_name_and_the_items(pico: Path, kind: protocols.Kind) -> None:
+    damaged = Engine(load_model(find_model(str(pico)), dtype="float32"))
+    with torch.no_grad():
+        damaged.head.weight[5, 0] = math.nan
+    with pytest.raises(UserError, match=r"^copa/7: pico gives .*(nan|NaN).*its weights are damaged") as refused:
+        ask(kind, damaged, [item("It rained.", "wet", "dry")])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tokens_log_probability_that_is_minus_infinity_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    score = engine.score
+    monkeypatch.setattr(engine, "score", lambda *given: [[[-math.inf, *tokens[1:]] for tokens in answers] for answers in score(*given)])
+    with pytest.raises(UserError, match="copa/7: pico gives a token the log-probability -inf"):
+        ask("score", engine, [item("It rained.", "wet", "dry")])
+
+
+def test_records_whose_scores_are_no_numbers_are_not_judged() -> None:
+    record = {
+        "task": "cb",
+        "template": "x",
+        "item_id": "3",
+        "kind": "score",
+        "metrics": ["accuracy"],
+        "choices": ["no", "yes"],
+        "gold_index": 0,
+    }
+    record |= {"references": ["no"], "unconditional": None, "logprobs": [[math.nan], [-1.0]]}
+    with pytest.raises(UserError, match="cb/3: its log-probabilities are no numbers"):
+        protocols.judge(record, "rank")
+
+
 def test_an_item_is_explained_under_every_protocol(
     pico: Path, engine: Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

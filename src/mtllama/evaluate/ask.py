@@ -1,11 +1,13 @@
 """A model is asked about items: how likely is each choice, and what is the answer. Raw records, which protocols judge."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mtllama.errors import UserError
 from mtllama.evaluate.items import Item
 from mtllama.evaluate.protocols import Kind, Record
-from mtllama.model.engine import Answering, Branches
+from mtllama.model.engine import DAMAGED, Answering, Branches, BrokenLogitsError
 
 MAX_NEW_TOKENS = 64
 STOP = ("\n",)
@@ -50,7 +52,18 @@ def _score(engine: Answering, items: Sequence[Item], unconditional: bool, advanc
         record["logprobs"] = found
         if alone:
             record["unconditional"] = [alone[choice] for choice in record["choices"]]
+        _require_numbers(engine, record)
     return records
+
+
+def _require_numbers(engine: Answering, record: Record) -> None:
+    """Refuse log-probabilities that are not finite: among them some choice would be the largest all the same, mostly the first one."""
+    for tokens in (*record["logprobs"], *(record["unconditional"] or ())):
+        for value in tokens:
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{record['task']}/{record['item_id']}: {engine.describe()['name']} gives a token the log-probability {value}: {DAMAGED}"
+                )
 
 
 def _unconditional(engine: Answering, choice_ids: dict[str, list[int]]) -> dict[str, list[float]]:
@@ -65,7 +78,10 @@ def _unconditional(engine: Answering, choice_ids: dict[str, list[int]]) -> dict[
 def _generate(engine: Answering, items: Sequence[Item], advance: Callable[[int], None]) -> list[Record]:
     records = [_record("generate", engine, item, room=MAX_NEW_TOKENS) for item in items]
     prompts = [record["prompt_ids"] for record in records]
-    texts = engine.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, stop=STOP, advance=advance)
+    try:
+        texts = engine.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, stop=STOP, advance=advance)
+    except BrokenLogitsError as error:
+        raise UserError(f"{items[error.number].task}/{items[error.number].item_id}: {error}") from None
     return [record | {"text": text} for record, text in zip(records, texts, strict=True)]
 
 

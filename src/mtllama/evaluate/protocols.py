@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mtllama.errors import UserError
 from mtllama.evaluate import metrics, original
 
 Kind = Literal["score", "generate"]
@@ -86,6 +87,8 @@ def judge(record: Record, protocol: str) -> Judgement:
     choices = record["choices"]
     if protocol in RANKS:
         scores = _SCORES[protocol](record)
+        if any(score != score for score in scores):
+            raise UserError(f"{record['task']}/{record['item_id']}: its log-probabilities are no numbers (NaN); evaluate again")
         best = scores.index(max(scores))  # the first of equals
         return _judgement(record, choices[best], best, scores=scores)
     text = record["text"]

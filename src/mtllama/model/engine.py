@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from mtllama.data.prompt import PromptEncoder
+from mtllama.errors import UserError
 from mtllama.model.families import Family, beyond, families, passes
 from mtllama.model.fused import fuse
 from mtllama.model.generation import Generation, Settings
@@ -32,6 +33,8 @@ CACHE_SHARE = 8
 """One part in so many of a GPU's memory is for them there."""
 REFILL = 8
 """Slots are filled again when one in so many is free: then a pass has prompts enough to be worth it."""
+DAMAGED = "its weights are damaged, or too large for the dtype; try --dtype float32, or another model"
+"""Why a model would give no numbers."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,15 @@ class Scored:
     greedy: bool
     top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     """The likeliest tokens in each place, and their log-probabilities (nat), where they were asked for."""
+
+
+class BrokenLogitsError(UserError):
+    """A prompt is continued by logits that are no numbers: the likeliest of them would be as good as any."""
+
+    def __init__(self, model: str, number: int) -> None:
+        super().__init__(f"{model} gives logits that are no numbers (NaN): {DAMAGED}")
+        self.number = number
+        """Which of the prompts."""
 
 
 class Answering(Protocol):
@@ -264,7 +276,11 @@ class Engine:
             else:
                 new = taken
                 logits = self.step([row.new[-1] for row in taken], cache)
-            for row, token in zip(new, logits.argmax(-1).tolist(), strict=True):
+            likeliest = logits.argmax(-1)  # NaN is larger than any number to it
+            broken = logits.gather(-1, likeliest[:, None])[:, 0].isnan().tolist()
+            for row, token, nan in zip(new, likeliest.tolist(), broken, strict=True):
+                if nan:
+                    raise BrokenLogitsError(self.loaded.source.name, row.number)
                 row.new.append(token)
             done = 0
             for slot in reversed(range(len(taken) - len(new), len(taken))):  # from behind: those that move have been looked at
