@@ -187,6 +187,35 @@ def test_records_that_do_not_fit_their_results_are_refused(base: Path, tmp_path:
         write_report([base], tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"kind": None}, "the record has no 'kind'"),
+        ({"prompt": None}, "the record has no 'prompt'"),
+        ({"logprobs": None}, "the record is damaged (KeyError: 'logprobs')"),
+        ({"logprobs": [[-1.0], ["x"]]}, "the record is damaged (TypeError:"),
+        ({"metrics": ["f0"]}, "the record is damaged (KeyError: 'f0')"),
+        ({"logprobs": [[float("nan")], [-1.0]]}, "sst2/2: its log-probabilities are no numbers"),
+    ],
+)
+def test_a_damaged_record_is_refused_by_file_and_line(base: Path, tmp_path: Path, damage: dict[str, Any], said: str) -> None:
+    lines = (base / "records.jsonl").read_text().splitlines()
+    record = {**json.loads(lines[2]), **damage}
+    lines[2] = json.dumps({key: value for key, value in record.items() if value is not None or key not in damage})
+    (base / "records.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=re.escape(f"{base / 'records.jsonl'}, line 3: {said}")) as refused:
+        write_report([base], tmp_path / "out")
+    assert "\n" not in str(refused.value)
+
+
+def test_results_without_what_every_run_has_are_refused(base: Path, tmp_path: Path) -> None:
+    results = json.loads((base / "results.json").read_text())
+    del results["model"]
+    (base / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=r"results.json has no 'model'; evaluate again"):
+        write_report([base], tmp_path / "out")
+
+
 class Tags(HTMLParser):
     """Collects what a browser would see."""
 

@@ -16,6 +16,8 @@ from mtllama.evaluate.runner import guesses, read_run
 from mtllama.evaluate.sets import SetDifference, set_difference, set_metrics
 from mtllama.tasks.catalog import find_tasks
 
+FIELDS = ("task", "template", "item_id", "row", "kind", "metrics", "prompt", "cut", "choices", "gold", "gold_index", "references")
+"""What every record has, whatever was asked."""
 ROLES = ("unseen data set", "unseen task", "train")
 """The order in which tasks are shown."""
 
@@ -159,7 +161,7 @@ class Run:
 def read(folder: Path, label: str) -> Run:
     """A run of an evaluation folder, its records checked against its results."""
     results, records = read_run(folder)
-    run = Run(label, folder, results, by_job(results, records))
+    run = Run(label, folder, results, by_job(results, records, folder / RECORDS))
     for task, protocol in jobs_of([results]):
         expected, found = results["tasks"][task][protocol]["n"], len(run.jobs.get((task, protocol), ()))
         if expected != found:
@@ -167,11 +169,17 @@ def read(folder: Path, label: str) -> Run:
     return run
 
 
-def by_job(results: Mapping[str, Any], records: Iterable[Record]) -> dict[Job, dict[Key, Record]]:
+def by_job(results: Mapping[str, Any], records: Iterable[Record], source: Path = Path(RECORDS)) -> dict[Job, dict[Key, Record]]:
     """Records by task and protocol, as that protocol judges them, then by item; the protocols are those of the results."""
     jobs: dict[Job, dict[Key, Record]] = {}
-    for record in records:
-        for judged in _judged(results, record):
+    for number, record in enumerate(records, start=1):
+        try:
+            every = _judged(results, record)
+        except UserError as error:
+            raise UserError(f"{source}, line {number}: {error}") from None
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{source}, line {number}: the record is damaged ({type(error).__name__}: {error}); evaluate again") from error
+        for judged in every:
             group = jobs.setdefault((judged["task"], judged["protocol"]), {})
             turn = 0
             while (key := (judged["item_id"], judged["template"], turn)) in group:
@@ -182,6 +190,9 @@ def by_job(results: Mapping[str, Any], records: Iterable[Record]) -> dict[Job, d
 
 def _judged(results: Mapping[str, Any], record: Record) -> Iterable[Record]:
     """A record as each protocol of the results judges it."""
+    lacking = [name for name in FIELDS if name not in record]
+    if lacking:
+        raise UserError(f"the record has no {lacking[0]!r}; evaluate again")
     measured = results["tasks"].get(record["task"], {})
     return [protocols.view(record, protocol) for protocol in protocols.of_record(record) if protocol in measured]
 

@@ -67,6 +67,7 @@ def evaluate(
     `loaded`: what `load_items` gave for this config, where that was called before. `mixture`: what the model was trained on, and what to call it: items that occur in it are told apart. All ranks.
     """
     ranks = ranks or Ranks()
+    out = out.resolve()  # "." has no name for a folder beside it, and is another folder once the results are there
     if ranks.rank == 0:
         folders.require_new(out, overwrite=overwrite)
     tasks, missing = loaded or load_items(config)
@@ -304,4 +305,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
     results = folders.read_json(folder / RESULTS)
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
         raise UserError(f"{folder / RESULTS} is not of schema {SCHEMA}; evaluate again")
+    lacking = [name for name in ("model", "suite", "missing", "versions", "tasks") if name not in results]
+    if lacking:
+        raise UserError(f"{folder / RESULTS} has no {lacking[0]!r}; evaluate again")
     return results, list(read_rows(folder / RECORDS))
