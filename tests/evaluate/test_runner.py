@@ -8,7 +8,7 @@ import pytest
 from mtllama.errors import UserError
 from mtllama.evaluate import metrics, protocols, runner
 from mtllama.evaluate.ask import MAX_NEW_TOKENS
-from mtllama.evaluate.items import EvalConfig, sample_indices
+from mtllama.evaluate.items import EvalConfig, load_items, sample_indices
 from mtllama.evaluate.suites import SUITES
 from mtllama.model.engine import Branches, Engine
 from mtllama.model.find import find_model
@@ -154,13 +154,53 @@ def test_a_task_without_data_is_left_out_of_a_suite_but_refused_by_name(engine: 
         ({"tasks": ("cop",)}, "did you mean copa"),
         ({"tasks": ("xquad-en",)}, "not in the suite sampler"),
         ({"tasks": ("squad",), "protocols": ("rank",)}, "applies to none"),
-        ({"split": "test"}, "no data for any task"),
+        ({"tasks": ("sst2", "squad"), "protocols": ("rank",)}, "squad: the protocol rank applies to none of its items; it has no choices"),
+        ({"tasks": ("sst2",), "protocols": ("mt-llama-glue",)}, "sst2: the protocol mt-llama-glue applies to none"),
+        ({"split": "test"}, "no task of the suite sampler can be measured: squad: no file for the split test"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(engine: Engine, tmp_path: Path, config: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         runner.evaluate(engine, EvalConfig(**config), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_task_to_which_no_protocol_applies_is_named_among_what_is_missing() -> None:
+    tasks, missing = load_items(EvalConfig(limit=2, protocols=("rank",)))
+    assert [each.task.name for each in tasks] == list(SUITES["sampler"].tasks[1:])
+    assert missing == {"squad": "squad: the protocol rank applies to none of its items; it has no choices: add generate to --protocol"}
+
+
+def squad_data(folder: Path, *answers: object) -> Path:
+    (folder / "squad").mkdir(parents=True)
+    rows = [{"id": str(i), "title": "t", "context": "c", "question": "q", "answers": each} for i, each in enumerate(answers)]
+    (folder / "squad" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "sst2").mkdir()
+    (folder / "sst2" / "validation.jsonl").write_text('{"sentence": "good", "label": 1, "idx": 0}\n', encoding="utf-8")
+    return folder
+
+
+def test_questions_that_their_text_does_not_answer_are_skipped_and_counted(tmp_path: Path) -> None:
+    data = squad_data(tmp_path, {"text": ["a"], "answer_start": [0]}, {"text": [], "answer_start": []})
+    tasks, _ = load_items(EvalConfig("mt-llama", ("squad",), data))
+    assert [item.item_id for item in tasks[0].items] == ["0"] and tasks[0].skipped == 1
+
+
+def test_a_row_that_its_prompt_cannot_ask_leaves_its_task_out_of_a_suite_but_is_refused_by_name(tmp_path: Path) -> None:
+    data = squad_data(tmp_path, {"text": ["a"], "answer_start": [0]}, {"answer_start": [0]})
+    tasks, missing = load_items(EvalConfig("mt-llama", (), data))
+    assert [each.task.name for each in tasks] == ["sst2"]
+    assert "squad/validation.jsonl: template 'mt-llama' of squad, row 1:" in missing["squad"] and "\n" not in missing["squad"]
+    with pytest.raises(UserError, match="of squad, row 1:"):
+        load_items(EvalConfig("mt-llama", ("squad", "sst2"), data))
+
+
+def test_the_folder_that_one_stands_in_can_be_the_output(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    results = runner.evaluate(engine, EvalConfig(tasks=("sst2",), limit=1, protocols=("rank",)), Path("."))
+    assert json.loads((tmp_path / "here" / "results.json").read_text(encoding="utf-8")) == results
+    assert [file.name for file in tmp_path.iterdir()] == ["here"]
 
 
 def test_rows_whose_label_is_hidden_are_skipped_and_counted(engine: Engine, tmp_path: Path) -> None:

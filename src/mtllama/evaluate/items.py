@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mtllama.errors import MissingDataError, UserError
+from mtllama.errors import UserError
 from mtllama.evaluate import protocols, suites
 from mtllama.tasks.catalog import SAMPLER, Rows, Task, data_folder, find_tasks, load_rows
 from mtllama.tasks.template import Template
@@ -88,7 +88,7 @@ class TaskItems:
     protocols: tuple[str, ...]
     """Those of the protocols asked for that say something about the task."""
     skipped: int
-    """Renderings that a template does not apply to, or of a row without a label."""
+    """Renderings that a template does not apply to, or of a row without a label or without an answer."""
 
     def of(self, protocol: str) -> list[Item]:
         """The items that a protocol says something about."""
@@ -104,7 +104,8 @@ class TaskItems:
 def load_items(config: EvalConfig) -> tuple[list[TaskItems], dict[str, str]]:
     """Items of every task whose data is there, and for the others why not, and what to fetch.
 
-    A task that was named is required; a task that is only part of the suite may be missing.
+    A task that was named is required; one that is only part of the suite is left out if it lacks data, if a row of it is not as its prompts
+    need it, or if none of the protocols applies to it.
     """
     if config.asked_templates.startswith(suites.PROMPTSOURCE):
         suites.promptsource_folder(config.asked_templates)
@@ -112,31 +113,29 @@ def load_items(config: EvalConfig) -> tuple[list[TaskItems], dict[str, str]]:
     folder = data_folder(config.data_dir if config.data_dir is not None else Path(SAMPLER) if config.suite == SAMPLER else None)
     found, missing = [], {}
     for task in suites.suite_tasks(config.suite, config.tasks):
+        templates = suites.pick_templates(config.asked_templates, task)
+        if not templates:
+            missing[task.name] = f"{task.name}: there is no template for it in {config.asked_templates}"
+            continue
         try:
             rows = load_rows(task, folder, config.split or suites.find_suite(config.suite).split)
+            found.append(_task_items(task, rows, templates, config))
         except UserError as error:
-            absent = isinstance(error, MissingDataError) or "the hub" in str(error)
-            if config.tasks or not absent:
+            if config.tasks:
                 raise
             missing[task.name] = str(error)
-            continue
-        templates = suites.pick_templates(config.asked_templates, task)
-        if templates:
-            found.append(_task_items(task, rows, templates, config))
-        else:
-            missing[task.name] = f"{task.name}: there is no template for it in {config.asked_templates}"
     if not found:
-        raise UserError(f"no data for any task of the suite {config.suite}: {next(iter(missing.values()))}")
-    if not any(each.protocols for each in found):
-        raise UserError(
-            f"the protocol {','.join(config.asked_protocols)} applies to none of the tasks; ranking needs choices: add generate"
-        )
+        raise UserError(f"no task of the suite {config.suite} can be measured: {next(iter(missing.values()))}")
     return found, missing
 
 
 def _task_items(task: Task, rows: Rows, templates: Sequence[Template], config: EvalConfig) -> TaskItems:
     items, skipped = [], 0
     for index in sample_indices(len(rows.rows), config.limit, f"{config.seed}/{task.name}"):
+        row = rows.rows[index]
+        if task.unanswered(row):
+            skipped += len(templates)
+            continue
         for template in templates:
             example = rows.render(index, template, seed=config.seed)
             if example is None:
@@ -144,14 +143,19 @@ def _task_items(task: Task, rows: Rows, templates: Sequence[Template], config: E
                 continue
             references: tuple[str, ...] = (example.targets,)
             if example.choices is None and template.metadata.original_task:
-                references = task.row_references(rows.rows[index], example)
+                references = task.row_references(row, example)
             where = (task.name, task.metrics, template.name, rows.row_id(index), rows.number(index))
             items.append(Item(*where, example.inputs, example.targets, example.choices, references))
     if not items:
-        raise UserError(f"{rows.origin}: no row has a label, so {task.name} cannot be judged; use another --split")
-    wanted = protocols.resolve(config.asked_protocols, choices=any(item.choices for item in items))
+        raise UserError(f"{rows.origin}: no row has a label or an answer, so {task.name} cannot be judged; use another --split")
+    choices = any(item.choices for item in items)
+    wanted = protocols.resolve(config.asked_protocols, choices=choices)
     loaded = TaskItems(task, rows, items, wanted, skipped)
-    return TaskItems(task, rows, items, tuple(name for name in wanted if loaded.of(name)), skipped)
+    usable = tuple(name for name in wanted if loaded.of(name))
+    if not usable:
+        advice = "add primary to --protocol" if choices else "it has no choices: add generate to --protocol"
+        raise UserError(f"{task.name}: the protocol {', '.join(wanted)} applies to none of its items; {advice}")
+    return TaskItems(task, rows, items, usable, skipped)
 
 
 def sample_indices(n: int, limit: int | None, seed: str) -> list[int]:

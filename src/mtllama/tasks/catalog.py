@@ -94,6 +94,15 @@ class Task:
             return self.prompts[0]
         return find_template(self, self.prompts, name)
 
+    def unanswered(self, row: Row) -> bool:
+        """Whether a row has a place for accepted answers, and none there: a question that its text does not answer, as SQuAD 2's."""
+        value: Any = row
+        for key in () if self.references is None else self.references.split("."):
+            if not isinstance(value, dict) or key not in value:
+                return False
+            value = value[key]
+        return not value
+
     def row_references(self, row: Row, example: Example) -> tuple[str, ...]:
         """All accepted answers of a row."""
         if self.references is None:
