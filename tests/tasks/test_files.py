@@ -264,6 +264,8 @@ def test_line_separators_inside_strings_and_numbers_beyond_json_are_read_as_pyth
         (b'"text"', "a JSON object is needed, not str"),
         (b"null", "a JSON object is needed, not NoneType"),
         (b'{"a": "\xff\xfe"}', "not UTF-8 (byte 7 of the line)"),
+        (b'{"a": {"b": ["good \\ud83d film"]}}', "half of a surrogate pair (\\ud83d), which is no character"),
+        (b'{"\\uDE00": 1}', "half of a surrogate pair (\\ude00), which is no character"),
     ],
 )
 def test_a_broken_line_is_named_with_its_number_when_it_is_read(tmp_path: Path, name: str, line: bytes, reason: str) -> None:
@@ -277,6 +279,19 @@ def test_a_broken_line_is_named_with_its_number_when_it_is_read(tmp_path: Path, 
         assert message.startswith(f"{path}, line 4: ") and reason in message
     path.write_bytes(b"\n" + line + b"\n")
     assert refusal(lambda: columns(path)).startswith(f"{path}, line 2: ")
+
+
+def test_whole_surrogate_pairs_and_their_escapes_as_text_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"a": "\\ud83d\\ude00", "b": "\\\\ud83d"}\n', encoding="utf-8")
+    assert list(read_rows(path)) == [{"a": "😀", "b": "\\ud83d"}]
+
+
+def test_half_of_a_surrogate_pair_in_a_csv_list_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text('a\n"[""\\ud83d""]"\n', encoding="utf-8")
+    assert "train.csv: the column 'a' looks like lists" in refusal(lambda: read_rows(path))
+    assert "half of a surrogate pair (\\ud83d)" in refusal(lambda: read_rows(path))
 
 
 # --- TFRecord

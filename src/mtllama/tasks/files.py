@@ -207,7 +207,18 @@ def _parse_line(line: bytes, where: Callable[[], str]) -> Row:
         raise UserError(f"{where()}: not valid JSON ({reason}); mend or remove the line") from error
     if not isinstance(row, dict):
         raise UserError(f"{where()}: a JSON object is needed, not {type(row).__name__}")
+    if _ESCAPED.search(line) and (half := _half(row)):
+        raise UserError(f"{where()}: half of a surrogate pair ({half}), which is no character; mend or remove the line")
     return row
+
+
+_ESCAPED, _HALF = re.compile(rb"\\u[dD][89a-fA-F]"), re.compile("[\ud800-\udfff]")
+
+
+def _half(value: Any) -> str | None:
+    """The first half of a surrogate pair in a value, as an escape. JSON may hold one; no tokeniser takes it, and no file of text."""
+    found = _HALF.search(json.dumps(value, ensure_ascii=False, default=str, skipkeys=True))
+    return f"\\u{ord(found[0]):x}" if found else None
 
 
 # --- TFRecord: length (uint64), its checksum, data, its checksum; the data is a tf.train.Example
@@ -388,9 +399,12 @@ def _with_lists(table: Any, path: Path) -> Any:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
+    if _ESCAPED.search(text.encode()) and (half := _half(value)):
+        raise ValueError(f"half of a surrogate pair ({half}), which is no character")
+    return value
 
 
 class _Parquet(_Tables):
