@@ -733,7 +733,16 @@ def evaluate(
     if out is None and explain is None and not self_test:
         raise UserError("Missing option '--out' (usage: mtllama eval --help)")
     if harness:
-        _harness(find_model(model, base, delta), _words(harness), limit, out, dtype, include, num_fewshot)
+        given = {"--suite": suite != "sampler", "--tasks": tasks, "--templates": templates, "--data-dir": data_dir, "--split": split}
+        given |= {"--protocol": protocol, "--format": format, "--seed": seed, "--recipe": recipe}
+        idle = [name for name, value in given.items() if value]
+        if idle:
+            raise UserError(f"--harness does not use {', '.join(idle)}: data, prompts and metrics are lm-eval's; leave that out")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("--harness runs in one process; start it without torchrun")
+        assert out is not None
+        require_new(out, overwrite=overwrite)
+        _harness(find_model(model, base, delta), _words(harness), limit, out, dtype, include, num_fewshot, overwrite)
         return
     config = EvalConfig(suite, _words(tasks), data_dir, split, _words(protocol), limit, seed, templates)
     if explain is not None:
@@ -785,7 +794,14 @@ def evaluate(
 
 
 def _harness(
-    source: Any, tasks: tuple[str, ...], limit: int | None, out: Path | None, dtype: str, include: Path | None, num_fewshot: int | None
+    source: Any,
+    tasks: tuple[str, ...],
+    limit: int | None,
+    out: Path,
+    dtype: str,
+    include: Path | None,
+    num_fewshot: int | None,
+    overwrite: bool,
 ) -> None:
     from mtllama.evaluate.harness import run_harness
     from mtllama.evaluate.memory import require_memory
@@ -795,12 +811,11 @@ def _harness(
     chosen = _dtype(dtype)
     require_memory(source, chosen)
     engine = Engine(load_model(source, dtype=chosen, format="plain"))
-    results = run_harness(engine, tasks, limit, out, include=include, num_fewshot=num_fewshot)
+    results = run_harness(engine, tasks, limit, out, include=include, num_fewshot=num_fewshot, overwrite=overwrite)
     from lm_eval.utils import make_table
 
     print(make_table(results))
-    if out is not None:
-        print(out)
+    print(out)
 
 
 def _self_test(engine: Any, tasks: Any, seed: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mtllama import cli
 from mtllama.data.prompt import find_format
 from mtllama.errors import UserError
 from mtllama.evaluate.ask import ask
@@ -246,6 +247,9 @@ def test_tasks_of_lm_eval_run_with_the_numbers_of_its_own_model(
     assert len(rows) == 10 and len(rows[0]["filtered_resps"]) == 3
     with pytest.raises(UserError, match="not empty"):
         run_harness(engine, NAMES, limit=1, out=out, include=tasks)
+    run_harness(engine, NAMES[:1], limit=1, out=out, include=tasks, overwrite=True)
+    (written,) = out.rglob("results_*.json")
+    assert list(json.loads(written.read_text(encoding="utf-8"))["results"]) == ["own_choices"]
 
 
 @needs_lm_eval
@@ -275,6 +279,42 @@ def test_a_sentencepiece_tokenizer_gives_lm_evals_ids(sentencepiece_tokenizer: A
     for context, continuation in (("The town is", " Paris"), ("Town:", " Paris"), ("Town: ", "Paris"), ("Town:", "\n")):
         assert model._encode_pair(context, continuation) == theirs._encode_pair(context, continuation)
     assert model.boundaries.pairs == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "said"),
+    [
+        (("--format", "native"), "1", "--harness does not use --format: data"),
+        (("--tasks", "copa", "--protocol", "rank"), "1", "--harness does not use --tasks, --protocol: data"),
+        (("--data-dir", "sampler", "--split", "test", "--seed", "1"), "1", "--harness does not use --data-dir, --split, --seed: data"),
+        (("--recipe", "r.yaml", "--suite", "t0", "--templates", "all"), "1", "--harness does not use --suite, --templates, --recipe: data"),
+        ((), "2", "--harness runs in one process; start it without torchrun"),
+    ],
+)
+def test_options_that_lm_evals_tasks_do_not_use_are_refused_before_the_model_is_loaded(
+    words: tuple[str, ...], ranks: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_harness", lambda *given: pytest.fail("went on all the same"))
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setattr(sys, "argv", ["mtllama", "eval", "nowhere", "--harness", "arc_easy", "--out", str(tmp_path / "out"), *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_the_command_replaces_a_folder_of_lm_evals_results_only_when_asked(
+    pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(cli, "_harness", lambda source, *given: asked.append(given))
+    (tmp_path / "results.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["mtllama", "eval", str(pico), "--harness", "arc_easy", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "is not empty" in capsys.readouterr().err and not asked
+    sys.argv.append("--overwrite")
+    cli.main()
+    assert asked == [(("arc_easy",), None, tmp_path, "auto", None, None, True)]
 
 
 def test_without_lm_eval_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,7 @@ def run_harness(
     *,
     include: Path | None = None,
     num_fewshot: int | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Run lm-eval's `tasks` with our engine; into the folder `out` go `results_<date>.json` and `samples_<task>_<date>.jsonl`.
 
@@ -194,7 +195,7 @@ def run_harness(
     if unknown or not tasks:
         raise UserError(f"lm-eval has no task {', '.join(unknown) or 'of no name'}; `lm_eval ls tasks` lists those that it has")
     if out is not None:
-        folders.require_new(out, overwrite=False)
+        folders.require_new(out, overwrite=overwrite)
     model = EngineLM(engine)
     try:
         results = simple_evaluate(
@@ -207,7 +208,8 @@ def run_harness(
     results["config"] |= {"model": "mtllama", "model_args": str(engine.loaded.source.name), "model_dtype": str(engine.loaded.dtype)}
     results["mtllama"] = {**engine.loaded.describe(), "boundaries": vars(model.boundaries), "versions": folders.versions()}
     if out is not None:
-        _write(results, samples, out, str(engine.loaded.source.name))
+        with folders.new_folder(out, overwrite=overwrite) as folder:
+            _write(results, samples, folder, str(engine.loaded.source.name))
     return dict(results)
 
 
