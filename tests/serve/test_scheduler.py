@@ -12,7 +12,7 @@ import torch
 from mtllama.model.engine import Branches, Engine
 from mtllama.model.generation import Settings
 from mtllama.model.packed import Cache
-from mtllama.serve.scheduler import BusyError, ClosedError, Limits, Scheduler, Update
+from mtllama.serve.scheduler import PASSES, WIDTH_STEP, BusyError, ClosedError, Limits, Scheduler, Update
 
 PATIENCE = 30.0
 
@@ -183,6 +183,64 @@ def test_a_fault_within_a_round_is_told_and_the_next_request_is_served(
 
 def no_leave(cache: Cache, slot: int) -> int:
     raise ValueError("a fault of ours")
+
+
+def narrow_slots(engine: Engine, count: int) -> dict[str, int]:
+    """Limits under which so many narrow requests run together, and half as many where one of them is wide."""
+    return {"max_batch": count, "max_queue": 1000, "cache_bytes": engine.bytes_per_place() * WIDTH_STEP * count}
+
+
+def test_a_wide_request_narrows_the_batch_no_longer_than_it_runs(
+    engine: Engine, scheduler: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, seen, all_wait = scheduler(**narrow_slots(engine, 16)), list[tuple[int, int]](), threading.Event()
+    prompts = prompts_of(engine, 60, seed=10, longest=20)
+    theirs = [engine.continue_ids([prompt], max_new_tokens=40)[0] for prompt in prompts]
+    step, wide, ears = engine.step, Ear(), [Ear() for _ in prompts]
+
+    def noted(tokens: list[int], cache: Cache) -> torch.Tensor:
+        assert all_wait.wait(PATIENCE)
+        seen.append((len(tokens), cache.width))
+        if not ears[8].open:  # the batch was full, and is filled again
+            ticket.cancel()
+        return step(tokens, cache)
+
+    monkeypatch.setattr(engine, "step", noted)
+    ticket = running.generate([[6]], [Settings(500, temperature=2.0, seed=3, top_logprobs=0)], wide)
+    wide.wait(lambda ear: bool(ear.updates[0]))
+    for prompt, ear in zip(prompts, ears, strict=True):
+        running.generate([prompt], [Settings(40)], ear)
+    all_wait.set()
+    assert [ear.wait().tokens() for ear in ears] == theirs
+    assert running.load.cancelled == 1
+    assert max(count for count, width in seen if width > WIDTH_STEP) == 8
+    assert max(count for count, width in seen if width == WIDTH_STEP) == 16
+
+
+def test_narrow_requests_pass_a_wide_one_that_has_no_room_but_not_for_ever(
+    engine: Engine, scheduler: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, begun, all_wait = scheduler(**narrow_slots(engine, 16)), list[int](), threading.Event()
+    begin, step = engine.begin, engine.step
+    monkeypatch.setattr(engine, "step", lambda *given: all_wait.wait(PATIENCE) and step(*given))
+
+    def noted(prompts: list[list[int]], cache: Cache) -> torch.Tensor:
+        begun.extend(prompt[0] for prompt in prompts)
+        return begin(prompts, cache)
+
+    monkeypatch.setattr(engine, "begin", noted)
+    first, wide, later = Ear(16), Ear(), [Ear() for _ in range(40)]
+    running.generate([[10 + i] for i in range(16)], [Settings(20 + i, temperature=1.0, seed=i, top_logprobs=0) for i in range(16)], first)
+    first.wait(lambda ear: all(ear.updates))
+    running.generate([[9]], [Settings(400)], wide)
+    for i, ear in enumerate(later):
+        running.generate([[100 + i]], [Settings(30)], ear)
+    all_wait.set()
+    ours = [ear.wait().tokens() for ear in (wide, *later)]
+    prompts, budgets = [[9], *([100 + i] for i in range(40))], [400, *[30] * 40]
+    assert ours == [engine.continue_ids([prompt], max_new_tokens=budget)[0] for prompt, budget in zip(prompts, budgets, strict=True)]
+    before = [prompt for prompt in begun[: begun.index(9)] if prompt >= 100]
+    assert before == list(range(100, 100 + PASSES))  # in the order of their arrival
 
 
 def test_a_full_queue_refuses_and_takes_nothing_on(

@@ -21,6 +21,8 @@ from mtllama.progress import say
 
 WIDTH_STEP = 256
 """Places by which a cache is made wider."""
+PASSES = 16
+"""How often a request that needs more room than there is lets others go before it; then all wait until it has its room."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class _Sequence:
     generation: Generation
     tell: Callable[[Update], None]
     told: int = 0  # tokens that it was told of
+    passed: int = 0  # how many went before it that came later
 
     @property
     def width(self) -> int:
@@ -305,27 +308,45 @@ class Scheduler:
         return units
 
     def _take_waiting(self) -> list[_Sequence]:
-        """Who joins: in the order of arrival, while there are slots, memory, and tokens left of a pass."""
+        """Who joins: in the order of arrival, while there are slots, memory, and tokens left of a pass. One that would make all slots so wide
+        that there is none for it lets narrower ones pass, but not for ever.
+        """
         new: list[_Sequence] = []
-        tokens, width = 0, self._cache.width if self._cache else 0
+        back: list[_Sequence] = []  # those that let others pass
+        tokens, width = 0, self._width_of(self._running)
         while self._waiting:
             sequence = self._waiting[0]
             wider = max(width, self._width(sequence))
             taken = len(self._running) + len(new)
-            if taken >= self._slots(wider) or (new and tokens + len(sequence.prompt) > TOKENS_PER_PASS):
+            if taken >= self._slots(max(width, WIDTH_STEP)) or any(each.passed >= PASSES for each in back):
+                break
+            if taken >= self._slots(wider):
+                back.append(self._waiting.popleft())
+                continue
+            if new and tokens + len(sequence.prompt) > TOKENS_PER_PASS:
                 break
             tokens, width = tokens + len(sequence.prompt), wider
             new.append(self._waiting.popleft())
+            for each in back:
+                each.passed += 1
+        self._waiting.extendleft(reversed(back))
         return new
 
     def _make_room(self, new: list[_Sequence]) -> Cache:
-        """A cache that has room for those that run and for `new`; slots are doubled as more join, so that a lone request needs one."""
+        """A cache that has room for those that run and for `new`; slots are doubled as more join, so that a lone request needs one. It is made
+        narrower, once all that needed its width have left, where there would not be room for so many.
+        """
         cache, count = self._cache or Cache(0, 0), len(self._running) + len(new)
-        width = max(cache.width, *map(self._width, new))
-        if width > cache.width or count > cache.slots:
+        needed = self._width_of([*self._running, *new])
+        width = needed if count > self._slots(max(cache.width, WIDTH_STEP)) else max(cache.width, needed)
+        if width != cache.width or count > cache.slots:
             cache = cache.resized(min(self._slots(width), 1 << (count - 1).bit_length()), width)
         self._cache = cache
         return cache
+
+    def _width_of(self, sequences: Sequence[_Sequence]) -> int:
+        """How wide the slots must be that these can run together."""
+        return max(map(self._width, sequences), default=0)
 
     def _width(self, sequence: _Sequence) -> int:
         return -(-sequence.width // WIDTH_STEP) * WIDTH_STEP
