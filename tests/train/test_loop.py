@@ -1,11 +1,14 @@
 """Training on the pico model: exact losses, exact resume, a result that is a normal folder."""
 
+import contextlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -205,6 +208,30 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(pico: Path, tmp_path: Pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [line["loss"] for line in metrics(tmp_path / "model")] == [line["loss"] for line in metrics(trained)]
     assert not work.exists()
+
+
+def interrupt(wanted: Recipe, step: int, *, overwrite: bool = False) -> None:
+    """Run it, and end it after so many of its steps, as a signal would."""
+
+    @contextlib.contextmanager
+    def after() -> Iterator[Any]:
+        calls = itertools.count(1)
+        yield lambda: next(calls) >= step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_interrupts", after)
+        with pytest.raises(UserError, match=r"interrupted after step \d+ of \d+; kept in"):
+            loop.run(wanted, overwrite=overwrite)
+
+
+def test_a_run_goes_on_from_before_its_first_update(pico: Path, tmp_path: Path) -> None:
+    """The first example is skipped, so that there are no moments yet when the run is interrupted."""
+    wanted = recipe(pico, tmp_path / "m", examples=8, batch_size=1, max_length=13)
+    interrupt(wanted, 1)
+    assert "targets" in (line := metrics(tmp_path / "m.partial")[0]) and line["targets"] == 0
+    ours, theirs = loop.run(wanted), loop.run(replace(wanted, out=tmp_path / "n"))
+    assert [line["loss"] for line in metrics(ours)] == [line["loss"] for line in metrics(theirs)]
+    assert (folders.read_manifest(ours) or {})["totals"]["targets"] > 0
 
 
 def test_an_unfinished_run_of_another_recipe_is_refused(pico: Path, tmp_path: Path) -> None:

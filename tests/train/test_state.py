@@ -155,6 +155,38 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     assert [folder.name for folder in sorted(tmp_path.iterdir())] == ["step-0000004", "step-0000005"]
 
 
+def tear(folder: Path) -> None:
+    file = folder / state.rank_file(0)
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def test_a_torn_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:
+    """Else the torn one would push out the one that the run goes on from, and the one that is written now."""
+    model, optimizer = trained([3], seed=0)
+    for step in (2, 4, 8):
+        state.save(tmp_path, step, model, optimizer, {}, keep=3, ranks=Ranks())
+    tear(tmp_path / "step-0000008")
+    assert state.restore(tmp_path, model, optimizer, Ranks())[0] == 4
+    state.save(tmp_path, 5, model, optimizer, {}, keep=1, ranks=Ranks())
+    assert [folder.name for folder in sorted(tmp_path.iterdir())] == ["step-0000005"]
+    for step, left in ((6, [5, 6]), (7, [5, 6, 7]), (8, [7, 8])):
+        state.save(tmp_path, step, model, optimizer, {}, keep=2, ranks=Ranks())
+        assert [int(folder.name[5:]) for folder in sorted(tmp_path.iterdir())] == left
+        if step == 6:
+            tear(tmp_path / "step-0000006")
+
+
+def test_a_state_from_before_the_first_update_is_one_to_train_from(tmp_path: Path) -> None:
+    model, optimizer = trained([3], seed=0, steps=0)
+    state.save(tmp_path, 1, model, optimizer, {}, keep=1, ranks=Ranks())
+    other, again = trained([3], seed=1, steps=0)
+    assert state.restore(tmp_path, other, again, Ranks()) == (1, {})
+    for each, its in ((model, optimizer), (other, again)):
+        each["p0"].square().sum().backward()
+        its.step()
+    assert same(again, optimizer) and len(again.state) == 1
+
+
 def test_without_a_checkpoint_the_run_begins_anew(tmp_path: Path) -> None:
     model, optimizer = trained([3], seed=0)
     assert state.restore(tmp_path / "none", model, optimizer, Ranks()) == (0, {})

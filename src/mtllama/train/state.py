@@ -38,9 +38,12 @@ def save(
     keep: int,
     ranks: Ranks,
 ) -> None:
-    """Write the state after `step` steps, then drop all but the last `keep`. All ranks."""
+    """Write the state after `step` steps, then drop what is older than the last `keep` whole ones. All ranks.
+
+    Those of later steps could not be read, or the run would not be here: they go first.
+    """
     num_files = ranks.size if ranks.sharded else 1
-    with ranks.new_folder(checkpoints / f"step-{step:07d}", overwrite=True) as folder:
+    with ranks.new_folder(folder_of(checkpoints, step), overwrite=True) as folder:
         if ranks.rank < num_files:
             _write(folder / rank_file(ranks.rank), model, optimizer, ranks)
         if ranks.first:
@@ -49,8 +52,22 @@ def save(
                 folder / STATE, {"step": step, "updates": updates, "files": num_files, "ranks": ranks.size, "totals": totals}
             )
     if ranks.first:
-        for old in sorted(checkpoints.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        earlier, newest = [], folder_of(checkpoints, step)
+        for folder in sorted(checkpoints.glob("step-*")):
+            if folder > newest:
+                shutil.rmtree(folder)
+            elif folder < newest:
+                earlier.append(folder)
+        whole = [folder for folder in earlier if _fault(folder, model) is None]
+        oldest = [*whole, newest][-keep:][0]
+        for folder in earlier:
+            if folder < oldest:
+                shutil.rmtree(folder)
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Where the state after so many steps lies."""
+    return checkpoints / f"step-{step:07d}"
 
 
 def _write(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
@@ -86,8 +103,9 @@ def restore(checkpoints: Path, model: torch.nn.Module, optimizer: torch.optim.Op
                     file.copy(kind, name, local, first)
                 if kind != WEIGHT:
                     optimizer.state[parameter][kind] = target
-            device = parameter.device if parameter.is_cuda else torch.device("cpu")
-            optimizer.state[parameter]["step"] = torch.tensor(float(state["updates"]), device=device)
+            if parameter in optimizer.state:  # before its first update it has none: an optimiser that finds a step makes no moments
+                device = parameter.device if parameter.is_cuda else torch.device("cpu")
+                optimizer.state[parameter]["step"] = torch.tensor(float(state["updates"]), device=device)
     return int(state["step"]), dict(state["totals"])
 
 
@@ -114,12 +132,19 @@ class _File:
 
 def _newest(checkpoints: Path, model: torch.nn.Module) -> tuple[Path, dict[str, Any]] | None:
     for folder in sorted(checkpoints.glob("step-*"), reverse=True):
-        try:
-            state = folders.read_json(folder / STATE)
-            _check(folder, state, model)
-            return folder, state
-        except Exception as error:  # whatever is wrong with it, the one before it may be whole
-            say(f"checkpoint {folder} cannot be read ({' '.join(str(error).split())[:120]}); passed over")
+        fault = _fault(folder, model)
+        if fault is None:
+            return folder, folders.read_json(folder / STATE)
+        say(f"checkpoint {folder} cannot be read ({' '.join(str(fault).split())[:120]}); passed over")
+    return None
+
+
+def _fault(folder: Path, model: torch.nn.Module) -> Exception | None:
+    """What is wrong with a checkpoint; None if it is whole."""
+    try:
+        _check(folder, folders.read_json(folder / STATE), model)
+    except Exception as error:  # whatever it is, another one may be whole
+        return error
     return None
 
 
