@@ -52,7 +52,9 @@ class Server(ThreadingHTTPServer):
             new = self.model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=body["max_tokens"], pad_token_id=0
             )
-            return {"text": self.tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)}
+            new = new[0, ids.shape[1] :]
+            ended = int(new[-1]) == self.tokenizer.eos_token_id
+            return {"text": self.tokenizer.decode(new, skip_special_tokens=True), "finish_reason": "stop" if ended else "length"}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -106,6 +108,7 @@ def test_the_same_model_here_and_behind_http_gives_the_same_results(server: Serv
     assert len(ours) == len(theirs) > 12
     for one, other in zip(map(json.loads, ours), map(json.loads, theirs), strict=True):
         assert one["prompt_ids"] == other["prompt_ids"] and one.get("text") == other.get("text")
+        assert one.get("at_limit") == other.get("at_limit")
         for mine, reference in zip(one.get("logprobs") or [], other.get("logprobs") or [], strict=True):
             assert mine == pytest.approx(reference, abs=1e-4)
     assert there["model"]["name"] == f"pico ({server.url})" and there["dtype"] == "served"

@@ -49,7 +49,7 @@ class Asked:
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> None:
         self.calls, self.left = 0, stop_after
-        for name in ("score", "generate"):
+        for name in ("score", "answer"):
             monkeypatch.setattr(engine, name, self._counted(getattr(engine, name)))
 
     def _counted(self, ask: Any) -> Any:

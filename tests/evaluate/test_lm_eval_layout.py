@@ -37,7 +37,8 @@ def results_of(records: Sequence[dict[str, Any]], *ways: str) -> dict[str, Any]:
     task = records[0]["task"]
     return {
         "model": {"name": "pico", "parameters": 1},
-        "max_new_tokens": 64,
+        "max_new_tokens": {task: 64},
+        "stop": {task: ["\n"]},
         "data_sha256": {task: "0"},
         "versions": {"mtllama": "1", "transformers": "5"},
         **dict.fromkeys(("dtype", "limit", "seed", "format", "boundary", "suite", "templates")),

@@ -7,12 +7,13 @@ import pytest
 
 from mtllama.errors import UserError
 from mtllama.evaluate import metrics, protocols, runner
-from mtllama.evaluate.ask import MAX_NEW_TOKENS
-from mtllama.evaluate.items import EvalConfig, load_items, sample_indices
-from mtllama.evaluate.suites import SUITES
-from mtllama.model.engine import Branches, Engine
+from mtllama.evaluate.ask import ask
+from mtllama.evaluate.items import EvalConfig, Item, load_items, sample_indices
+from mtllama.evaluate.suites import SUITES, suite_tasks
+from mtllama.model.engine import Branches, Engine, Said
 from mtllama.model.find import find_model
 from mtllama.model.load import load_model
+from mtllama.tasks.catalog import ANSWER_TOKENS, catalog
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +204,56 @@ def test_the_folder_that_one_stands_in_can_be_the_output(engine: Engine, tmp_pat
     assert [file.name for file in tmp_path.iterdir()] == ["here"]
 
 
+def test_summaries_may_be_longer_and_have_lines_and_those_that_end_at_the_limit_are_counted(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {
+        "xsum": [{"document": f"text {i}", "summary": "short", "id": str(i)} for i in range(3)],
+        "adversarial_qa_dbert": [
+            {"id": "a", "title": "t", "context": "c", "question": "q", "answers": {"text": ["c"], "answer_start": [0]}}
+        ],
+    }
+    for task, each in rows.items():
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each), encoding="utf-8")
+    asked: list[tuple[int, int, tuple[str, ...]]] = []
+
+    def answer(prompts: list[list[int]], *, max_new_tokens: int, stop: tuple[str, ...], advance: object) -> list[Said]:
+        asked.append((len(prompts), max_new_tokens, stop))
+        return [Said("one line\nand another", number != 1) for number in range(len(prompts))]
+
+    monkeypatch.setattr(engine, "answer", answer)
+    config = EvalConfig("train-validation", tuple(rows), tmp_path)
+    results = runner.evaluate(engine, config, tmp_path / "out")
+    assert sorted(asked) == [(1, 64, ("\n",)), (3, 256, ())]
+    assert results["max_new_tokens"] == {"xsum": 256, "adversarial_qa_dbert": 64}
+    assert results["stop"] == {"xsum": [], "adversarial_qa_dbert": ["\n"]}
+    assert results["tasks"]["xsum"]["generate"]["at_limit"] == 2
+    texts = [record["text"] for record in runner.read_run(tmp_path / "out")[1] if record["task"] == "xsum"]
+    assert texts == ["one line\nand another"] * 3
+    suites = {name: suite_tasks(name) for name in SUITES if name != "train-validation"}
+    assert not any(task.summary for tasks in suites.values() for task in tasks) and catalog()["multi_news"].summary
+
+
+def test_a_format_whose_answers_end_at_a_line_break_ends_summaries_there(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(load_model(find_model(str(pico)), dtype="float32", format="mt-llama-train"))
+    stops = []
+    monkeypatch.setattr(engine, "answer", lambda prompts, **given: stops.append(given["stop"]) or [Said("", False)])
+    ask("generate", engine, [Item("xsum", ("rougeL",), "x", "1", 1, "text", "short", None, ("short",), 256, ())])
+    assert stops == [("\n",)]
+
+
+def test_a_text_ends_at_the_limit_unless_its_end_marker_or_a_stop_string_ends_it(engine: Engine) -> None:
+    prompts = [engine.encoder.prompt_ids(f"Say {word}.", room=64)[0] for word in ("yes", "no", "fog", "wet", "sea")]
+    ids = engine.continue_ids(prompts, max_new_tokens=6)
+    said = engine.answer(prompts, max_new_tokens=6, stop=())
+    assert [each.at_limit for each in said] == [new[-1] not in engine.ends for new in ids] and any(each.at_limit for each in said)
+    assert [each.text for each in said] == engine.generate(prompts, max_new_tokens=6, stop=())
+    place = next(i for i, each in enumerate(said) if each.at_limit and each.text)
+    (stopped,) = engine.answer([prompts[place]], max_new_tokens=6, stop=(said[place].text[-1],))
+    assert not stopped.at_limit and len(stopped.text) < len(said[place].text)
+
+
 def test_rows_whose_label_is_hidden_are_skipped_and_counted(engine: Engine, tmp_path: Path) -> None:
     data = tmp_path / "data" / "sst2"
     data.mkdir(parents=True)
@@ -242,4 +293,5 @@ def test_a_prompt_that_is_too_long_is_cut_and_counted(pico: Path, tmp_path: Path
     runner.evaluate(engine, config, tmp_path / "out")
     results, records = runner.read_run(tmp_path / "out")
     assert results["tasks"]["squad"]["generate"]["cut"] == 1
-    assert len(records[0]["prompt_ids"]) <= 512 - MAX_NEW_TOKENS
+    assert results["max_new_tokens"] == {"squad": 64} and results["stop"] == {"squad": ["\n"]}
+    assert len(records[0]["prompt_ids"]) <= 512 - ANSWER_TOKENS

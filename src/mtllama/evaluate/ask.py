@@ -9,8 +9,6 @@ from mtllama.evaluate.items import Item
 from mtllama.evaluate.protocols import Kind, Record
 from mtllama.model.engine import DAMAGED, Answering, Branches, BrokenLogitsError
 
-MAX_NEW_TOKENS = 64
-STOP = ("\n",)
 _TOGETHER = 16
 """Choices that stand behind one empty prompt in a forward pass: the mask grows with the square of their tokens."""
 
@@ -21,7 +19,7 @@ def ask(
     """The raw records of items, in their order; a function of these items alone, whatever is asked before or after.
 
     `score`: the log-probabilities (nat) of every token of every choice and its end marker, and (`unconditional`) those that they
-    have after the format's empty prompt. `generate`: the greedy text, to the end marker or a line break, at most 64 tokens.
+    have after the format's empty prompt. `generate`: the greedy text, to the end marker, a stop string of the items' task or its limit.
     """
     return _score(engine, items, unconditional, advance) if kind == "score" else _generate(engine, items, advance)
 
@@ -76,13 +74,16 @@ def _unconditional(engine: Answering, choice_ids: dict[str, list[int]]) -> dict[
 
 
 def _generate(engine: Answering, items: Sequence[Item], advance: Callable[[int], None]) -> list[Record]:
-    records = [_record("generate", engine, item, room=MAX_NEW_TOKENS) for item in items]
+    ((limit, stop),) = {(item.max_new_tokens, item.stop) for item in items}  # items of one task, or of tasks that are alike
+    if engine.encoder.format.end is not None and engine.encoder.format.end not in stop:
+        stop = (*stop, engine.encoder.format.end)  # the model was taught that its answers end so
+    records = [_record("generate", engine, item, room=limit) for item in items]
     prompts = [record["prompt_ids"] for record in records]
     try:
-        texts = engine.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, stop=STOP, advance=advance)
+        found = engine.answer(prompts, max_new_tokens=limit, stop=stop, advance=advance)
     except BrokenLogitsError as error:
         raise UserError(f"{items[error.number].task}/{items[error.number].item_id}: {error}") from None
-    return [record | {"text": text} for record, text in zip(records, texts, strict=True)]
+    return [record | {"text": said.text, "at_limit": said.at_limit} for record, said in zip(records, found, strict=True)]
 
 
 def _record(kind: Kind, engine: Answering, item: Item, room: int) -> Record:

@@ -16,7 +16,7 @@ import requests
 
 from mtllama.data.prompt import DEFAULT_FORMAT, PromptEncoder, find_format
 from mtllama.errors import UserError
-from mtllama.model.engine import Branches, before_stop
+from mtllama.model.engine import Branches, Said, before_stop
 from mtllama.model.find import ModelFolder, load_tokenizer
 
 CONCURRENCY = 32
@@ -90,13 +90,26 @@ class Endpoint:
         advance: Callable[[int], None] = lambda n: None,
     ) -> list[str]:
         """As `Engine.generate`: greedy, cut before the first stop string behind the first word."""
+        return [said.text for said in self.answer(prompts, max_new_tokens=max_new_tokens, stop=stop, advance=advance)]
 
-        def text(prompt: list[int]) -> str:
+    def answer(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        max_new_tokens: int = 64,
+        stop: Sequence[str] = ("\n",),
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> list[Said]:
+        """As `Engine.answer`."""
+
+        def said(prompt: list[int]) -> Said:
             # Stop strings are looked for here: a server would stop at one before the first word, too.
-            found = str(self._complete(prompt, max_tokens=max_new_tokens).get("text", ""))
-            return before_stop(found.rstrip("\N{REPLACEMENT CHARACTER}"), stop)
+            found = self._complete(prompt, max_tokens=max_new_tokens)
+            whole = str(found.get("text", "")).rstrip("\N{REPLACEMENT CHARACTER}").strip()
+            text = before_stop(whole, stop)
+            return Said(text, found.get("finish_reason") == "length" and text == whole)
 
-        return self._all(text, prompts, lambda number: advance(1))
+        return self._all(said, prompts, lambda number: advance(1))
 
     def _complete(self, prompt: list[int], **options: Any) -> dict[str, Any]:
         body = {"model": self.model, "prompt": prompt, "temperature": 0, "seed": 0, **options}

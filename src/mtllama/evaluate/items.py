@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mtllama.errors import UserError
 from mtllama.evaluate import protocols, suites
-from mtllama.tasks.catalog import SAMPLER, Rows, Task, data_folder, find_tasks, load_rows
+from mtllama.tasks.catalog import ANSWER_TOKENS, SAMPLER, Rows, Task, data_folder, find_tasks, load_rows
 from mtllama.tasks.template import Template
 
 
@@ -65,6 +65,8 @@ class Item:
     target: str
     choices: tuple[str, ...] | None
     references: tuple[str, ...]
+    max_new_tokens: int = ANSWER_TOKENS
+    stop: tuple[str, ...] = ("\n",)
 
     @property
     def gold(self) -> int | None:
@@ -145,7 +147,8 @@ def _task_items(task: Task, rows: Rows, templates: Sequence[Template], config: E
             if example.choices is None and template.metadata.original_task:
                 references = task.row_references(row, example)
             where = (task.name, task.metrics, template.name, rows.row_id(index), rows.number(index))
-            items.append(Item(*where, example.inputs, example.targets, example.choices, references))
+            texts = (example.inputs, example.targets, example.choices, references)
+            items.append(Item(*where, *texts, task.max_new_tokens, task.stop))
     if not items:
         raise UserError(f"{rows.origin}: no row has a label or an answer, so {task.name} cannot be judged; use another --split")
     choices = any(item.choices for item in items)

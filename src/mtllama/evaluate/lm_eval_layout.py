@@ -26,7 +26,7 @@ def lm_eval_results(results: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "results": named,
         "group_subtasks": {},
-        "configs": {task: _config(task, by_protocol, list(better[task]), results["max_new_tokens"]) for task, by_protocol in tasks.items()},
+        "configs": {task: _config(task, by_protocol, list(better[task]), results) for task, by_protocol in tasks.items()},
         "versions": dict.fromkeys(tasks, results["versions"]["mtllama"]),  # prompts and rules come with the package
         "n-shot": dict.fromkeys(tasks, 0),
         "higher_is_better": better,
@@ -74,7 +74,7 @@ def _keys(metrics: Mapping[str, Any]) -> list[str]:
     return [key for key in metrics if "," in key and "_stderr," not in key]
 
 
-def _config(task: str, by_protocol: Mapping[str, dict[str, Any]], metrics: list[str], max_new_tokens: int) -> dict[str, Any]:
+def _config(task: str, by_protocol: Mapping[str, dict[str, Any]], metrics: list[str], results: Mapping[str, Any]) -> dict[str, Any]:
     """What lm-eval says of a task, as far as it has a meaning here."""
     first = next(iter(by_protocol.values()))
     return {
@@ -82,7 +82,7 @@ def _config(task: str, by_protocol: Mapping[str, dict[str, Any]], metrics: list[
         "dataset_path": first["data"],
         "test_split": first["split"],
         "output_type": "multiple_choice" if any(protocol in RANKS for protocol in by_protocol) else "generate_until",
-        "generation_kwargs": {"max_gen_toks": max_new_tokens, "do_sample": False},
+        "generation_kwargs": {"max_gen_toks": results["max_new_tokens"][task], "until": results["stop"][task], "do_sample": False},
         "num_fewshot": 0,
         "metric_list": [{"metric": name, "higher_is_better": True} for name in metrics],
         "filter_list": [{"name": protocol} for protocol in by_protocol],

@@ -17,7 +17,7 @@ from mtllama import config as configs
 from mtllama import folders
 from mtllama.errors import UserError
 from mtllama.evaluate import protocols, sets, stats
-from mtllama.evaluate.ask import MAX_NEW_TOKENS, ask, boundary
+from mtllama.evaluate.ask import ask, boundary
 from mtllama.evaluate.items import EvalConfig, Item, TaskItems, load_items
 from mtllama.evaluate.journal import RECORDS, Block, Journal, Ranks, json_line
 from mtllama.evaluate.lm_eval_layout import LM_EVAL_RESULTS, lm_eval_results
@@ -86,6 +86,8 @@ def evaluate(
         "limit": config.limit,
         "seed": config.seed,
         "protocols": list(config.asked_protocols),
+        "max_new_tokens": {each.task.name: each.task.max_new_tokens for each in tasks},
+        "stop": {each.task.name: list(each.task.stop) for each in tasks},
         "data_sha256": {each.task.name: each.sha256 for each in tasks},
         "versions": folders.versions(),
     }
@@ -99,7 +101,6 @@ def evaluate(
                 "schema": SCHEMA,
                 **asked,
                 "model": described,
-                "max_new_tokens": MAX_NEW_TOKENS,
                 "missing": missing,
                 "tasks": {},
             }
@@ -222,7 +223,7 @@ def summarize(records: Sequence[Record], protocol: str) -> dict[str, Any]:
     result["stderr"] = {name: None if error is None else 100 * error for name, error in errors.items()}
     result["set_ci95"] = {name: list(each.overall.ci95) for name, each in of_set.items()}
     result |= guesses(records)
-    result |= {name: sum(template[name] for template in each) for name in ("unparsed", "not_found", "cut")}
+    result |= {name: sum(template[name] for template in each) for name in ("unparsed", "not_found", "cut", "at_limit")}
     return result | {"over_templates": _spread([template["value"] for template in each]), "templates": templates}
 
 
@@ -283,6 +284,7 @@ def _summary(judged: Sequence[tuple[Record, Judgement]], of_set: dict[str, sets.
         "unparsed": sum(judgement.unparsed for judgement in judgements),
         "not_found": sum(judgement.not_found for judgement in judgements),
         "cut": sum(record["cut"] for record, _ in judged),
+        "at_limit": sum(record.get("at_limit", False) for record, _ in judged),
     }
 
 

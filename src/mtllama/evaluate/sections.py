@@ -624,15 +624,16 @@ def provenance(runs: Sequence[Run]) -> Section:
         columns = [" / ".join(dict.fromkeys(f"{result['split']} {result['note']}".strip() for result in there if result))]
         columns += [" / ".join(dict.fromkeys(result["data"] for result in there if result))]
         columns += [
-            " / ".join("–" if result is None else str(result[key]) for result in there) for key in ("n", "skipped", "cut", "unparsed")
+            " / ".join("–" if result is None else str(result.get(key, "–")) for result in there)
+            for key in ("n", "skipped", "cut", "unparsed", "at_limit")
         ]
         counts.append([Cell(" ".join(job)), *map(Cell, columns)])
     order = "" if len(runs) == 1 else f" ({' / '.join(run.label for run in runs)})"
     text = (
         f"Counts{order}: answers; rows to which a template does not apply; prompts that were cut to fit; answers that are none of the "
-        "choices, or empty."
+        "choices, or empty; generated answers that ended at the limit of their tokens."
     )
-    head = ("task, protocol", "split", "file", "n", "skipped", "cut", "unparsed")
+    head = ("task, protocol", "split", "file", "n", "skipped", "cut", "unparsed", "at the limit")
     table = [[Cell(key), *map(Cell, values)] for key, values in facts.items()]
     return Section(
         "Provenance",

@@ -9,7 +9,7 @@ for padding (`model/packed.py`); a row of generation that has ended gives its sl
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -59,6 +59,14 @@ class Scored:
     """The likeliest tokens in each place, and their log-probabilities (nat), where they were asked for."""
 
 
+class Said(NamedTuple):
+    """A generated answer."""
+
+    text: str
+    at_limit: bool
+    """Whether it ended at the limit of its tokens, and at neither its end marker nor a stop string."""
+
+
 class BrokenLogitsError(UserError):
     """A prompt is continued by logits that are no numbers: the likeliest of them would be as good as any."""
 
@@ -85,9 +93,9 @@ class Answering(Protocol):
     def score(self, items: Sequence[Branches], advance: Callable[[int], None] = ...) -> list[list[list[float]]]:
         """Log-probabilities (nat) of every token of every answer: item -> answer -> token."""
 
-    def generate(
+    def answer(
         self, prompts: Sequence[list[int]], *, max_new_tokens: int = ..., stop: Sequence[str] = ..., advance: Callable[[int], None] = ...
-    ) -> list[str]:
+    ) -> list[Said]:
         """Greedy continuations of prompt ids, each cut before its first stop string or end marker."""
 
 
@@ -210,8 +218,22 @@ class Engine:
 
         Blanks and line breaks before the first word do not count as a stop.
         """
+        return [said.text for said in self.answer(prompts, max_new_tokens=max_new_tokens, stop=stop, advance=advance)]
+
+    def answer(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        max_new_tokens: int = 64,
+        stop: Sequence[str] = ("\n",),
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> list[Said]:
+        """What `generate` gives, and whether the limit ended it."""
         found = self.continue_ids(prompts, max_new_tokens=max_new_tokens, ended=lambda new: self._stopped(new, stop), advance=advance)
-        return [self._text(ids, stop) for ids in found]
+        return [
+            Said(self._text(ids, stop), len(ids) >= max_new_tokens and ids[-1] not in self.ends and not self._stopped(ids, stop))
+            for ids in found
+        ]
 
     @torch.inference_mode()
     def continue_ids(

@@ -23,6 +23,8 @@ from mtllama.tasks.template import Example, Template
 Role = Literal["train", "unseen data set", "unseen task"]
 HIDDEN, LABELS = -1, ("label", "coarse_label")
 """A label that was withheld (in published test splits), and the columns where it may stand: such a row is asked nothing."""
+ANSWER_TOKENS, SUMMARY_TOKENS = 64, 256
+"""Tokens that a generated answer may have: the original's number, and where it is a text of several sentences."""
 SAMPLER = "sampler"
 """The name of the embedded data, wherever a data folder is asked for."""
 
@@ -78,6 +80,21 @@ class Task:
     def metric(self) -> str:
         """The headline: the first of the metrics."""
         return self.metrics[0]
+
+    @property
+    def summary(self) -> bool:
+        """Whether an answer is a text of some length: what ROUGE judges."""
+        return self.metric.startswith("rouge")
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens that a generated answer may have."""
+        return SUMMARY_TOKENS if self.summary else ANSWER_TOKENS
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """What a generated answer is cut before; a summary may have several lines."""
+        return () if self.summary else ("\n",)
 
     @property
     def validation(self) -> str | None:
