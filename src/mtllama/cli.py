@@ -476,6 +476,13 @@ def train_plan(
     print(f"memory          {found.peak / 1e9:,.2f} GB on {'each rank' if ranks > 1 else 'one process'} at the worst moment, that is")
     for name, num in vars(found.memory).items():
         print(f"  {name:<14}{num / 1e9:10,.2f} GB")
+    if found.memory.heap:
+        print(
+            f"  {found.memory.needed / 1e9:,.2f} GB is what tensors and libraries take; the heap is what glibc's allocator comes to hold beyond that in "
+            "hundreds of steps of unequal lengths, by one run that was measured (docs/scaling.md)"
+        )
+    if found.host:
+        print(f"host memory     {found.host / 1e9:,.2f} GB for {'each rank' if ranks > 1 else 'the process'}: weights, gradients, moments")
 
 
 @train.command("verify")

@@ -132,10 +132,14 @@ def load_model(
     if largest >= rows:
         raise UserError(f"{source.files}: token id {largest} lies outside the embedding of {rows} rows; the tokenizer is another model's")
     name = format or source.own_format() or DEFAULT_FORMAT
-    length = int(getattr(model.config, "max_position_embeddings", 2048))
-    if train:
-        length = min(length, getattr(model.config, "sliding_window", None) or length)
+    length = positions(model.config, train=train)
     return LoadedModel(source, (model if empty else model.to(device)).train(train), tokenizer, find_format(name), chosen, length)
+
+
+def positions(config: Any, *, train: bool) -> int:
+    """Tokens that a model with this config reads, see `LoadedModel.max_length`."""
+    length = int(getattr(config, "max_position_embeddings", 2048))
+    return min(length, getattr(config, "sliding_window", None) or length) if train else length
 
 
 _HEAD = {"logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1, "final_logit_softcapping": None}

@@ -62,16 +62,10 @@ class Ranks:
 
     def by(self, config: ParallelConfig) -> "Ranks":
         """The same ranks, sharing the work as a recipe has it."""
-        strategy = config.strategy if config.strategy != "auto" else "fsdp" if self.size > 1 else "none"
-        if self.size > 1 and strategy == "none":
-            raise UserError(
-                f"{self.size} ranks were started, but parallel.strategy is none; choose auto, fsdp or ddp, or start one process"
-            )
-        if config.cpu_offload and strategy != "fsdp":
-            raise UserError("parallel.cpu_offload needs sharding, and one process alone does none; set parallel.strategy=fsdp")
-        if strategy == "fsdp" and not dist.is_initialized():  # sharding over one rank, to offload, say
+        chosen = strategy(config, self.size)
+        if chosen == "fsdp" and not dist.is_initialized():  # sharding over one rank, to offload, say
             dist.init_process_group("gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl", store=HashStore(), rank=0, world_size=1)
-        return replace(self, strategy=strategy, cpu_offload=config.cpu_offload)
+        return replace(self, strategy=chosen, cpu_offload=config.cpu_offload)
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in their order. All ranks."""
@@ -136,6 +130,16 @@ class Ranks:
         assert tensor.placements == (Shard(0),), "rows are sharded along the first dimension"
         each = -(-tensor.shape[0] // self.size)
         return tensor.to_local(), min(self.rank * each, tensor.shape[0])
+
+
+def strategy(config: ParallelConfig, size: int) -> Literal["none", "ddp", "fsdp"]:
+    """How that many ranks share the work, where a recipe leaves it open; what cannot be is refused."""
+    chosen = config.strategy if config.strategy != "auto" else "fsdp" if size > 1 else "none"
+    if size > 1 and chosen == "none":
+        raise UserError(f"{size} ranks were started, but parallel.strategy is none; choose auto, fsdp or ddp, or start one process")
+    if config.cpu_offload and chosen != "fsdp":
+        raise UserError("parallel.cpu_offload needs sharding, and one process alone does none; set parallel.strategy=fsdp")
+    return chosen
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ The model is built without memory of its own (torch's fake tensors) from its con
 keeps is counted, not guessed, for every architecture that can be trained. Nothing is downloaded but config and tokenizer.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from mtllama.data.mixture import Mixture
 from mtllama.data.prompt import Encoded, PromptEncoder, find_format
 from mtllama.errors import UserError
 from mtllama.model.find import find_model, load_tokenizer
-from mtllama.model.load import pick_device, pick_dtype
+from mtllama.model.load import pick_device, pick_dtype, positions
 from mtllama.train import lora
 from mtllama.train.flops import Flops
 from mtllama.train.loop import HEAD_ROWS, Objective
+from mtllama.train.parallel import strategy
 from mtllama.train.recipe import Recipe
 
 SAMPLE = 512
@@ -29,7 +30,10 @@ MEAN_TARGETS = 37
 CONSTANT = {"cpu": 650e6, "cuda": 1.5e9}
 """Bytes that the libraries take themselves: measured on CPUs; on GPUs the usual size of a context and its work spaces."""
 SLACK = 1.08
-"""The allocator's share: what is freed and not yet used again. Measured on CPUs."""
+"""The allocator's share: what is freed and not yet used again. Measured on CPUs, in runs of a few steps."""
+HEAP_GROWTH = {"cpu": 1.2}
+"""What glibc's heap holds beyond that after hundreds of steps whose lengths differ, as a part of what a step takes and gives back (it breaks
+into pieces that do not fit what comes next). Fitted to one run, of `smollm2-135m-p3`: 7.2 GB resident after 50 steps, 8.1 GB after 127."""
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "huggyllama/llama-7b": ("llama", {}),  # LlamaConfig's defaults are LLaMA-7B
     "meta-llama/Llama-3.1-8B": (
@@ -53,12 +57,20 @@ class Memory:
     logits: float
     """Logits of target rows, their probabilities and gradients."""
     libraries: float
+    heap: float = 0.0
+    """What the allocator of a CPU comes to hold beyond the rest, over many steps."""
+
+    @property
+    def needed(self) -> float:
+        """All but the growth of the heap, as a run of a few steps shows it. Gradients grow in the backward pass as activations shrink: the
+        larger of the two counts."""
+        held = self.weights + self.moments + self.casts + max(self.gradients, self.activations + self.logits)
+        return held * SLACK + self.libraries
 
     @property
     def peak(self) -> float:
-        """All of it. Gradients grow in the backward pass as activations shrink: the larger of the two counts."""
-        held = self.weights + self.moments + self.casts + max(self.gradients, self.activations + self.logits)
-        return held * SLACK + self.libraries
+        """All of it."""
+        return self.needed + self.heap
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,10 @@ class Plan:
     trained: int
     embedding: int
     memory: Memory
+    """Of the device."""
     peak: float
+    host: float
+    """Bytes that are kept in the memory of the CPU in place of a GPU's, for one rank."""
     examples: int
     steps: int
     tokens: float
@@ -93,15 +108,17 @@ def plan(recipe: Recipe, *, ranks: int = 1, device: torch.device | None = None) 
     device = device or pick_device()
     remarks: list[str] = []
     config, files = _config(recipe, remarks)
-    examples, mean, mean_targets = _examples(recipe, files, remarks)
     train = recipe.train
+    longest = min(train.max_length, positions(config, train=True))
+    lengths, longest, mean, mean_targets = _examples(recipe, files, longest, remarks)
     away = (
         device.type != "cpu" and not torch.cuda.is_available()
     )  # a GPU that is not here multiplies bfloat16, as all do that one trains on
     compute = torch.bfloat16 if away and train.dtype == "auto" else pick_dtype(train.dtype, device)
-    sharded = recipe.parallel.strategy == "fsdp" or (recipe.parallel.strategy == "auto" and ranks > 1)
+    sharded = strategy(recipe.parallel, ranks) == "fsdp"
     share = ranks if sharded else 1
-    model, batch, kept = _trace(recipe, config, examples, compute, device, ranks)
+    largest = _largest_pass(-(-train.batch_size // ranks), longest, train.tokens_per_pass)
+    model, kept = _trace(recipe, config, largest, compute, device)
     parameters = list(model.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
@@ -115,7 +132,7 @@ def plan(recipe: Recipe, *, ranks: int = 1, device: torch.device | None = None) 
     else:
         casts = ((0 if recipe.lora else matrices) + head) * narrow
     frozen = (compute.itemsize if recipe.lora else 4) * (total - trained)
-    rows = min(len(batch.targets), HEAD_ROWS)
+    rows = min(sum(example.num_target for example in largest), HEAD_ROWS)
     memory = Memory(
         weights=(4 * trained + frozen) / share,
         gradients=4 * trained / share,
@@ -125,8 +142,14 @@ def plan(recipe: Recipe, *, ranks: int = 1, device: torch.device | None = None) 
         logits=3.0 * 4 * rows * model.config.vocab_size,
         libraries=CONSTANT.get(device.type, CONSTANT["cuda"]),
     )
+    returned = memory.gradients + memory.casts + memory.activations + memory.logits
+    memory, host = replace(memory, heap=HEAP_GROWTH.get(device.type, 0.0) * returned), 0.0
+    if recipe.parallel.cpu_offload and device.type != "cpu":
+        host = memory.weights + memory.gradients + memory.moments
+        # Rows come to the device as they are kept, in float32, to be cast there.
+        coming = 4 * sum(parameter.numel() for parameter in layers.parameters()) / len(layers) / share
+        memory = replace(memory, weights=0.0, gradients=0.0, moments=0.0, casts=memory.casts + coming)
     flops = Flops.of(model)
-    lengths = [len(example.ids) for example in examples]
     one = flops.step(lengths, 0) / len(lengths) + flops.step([], 1) * mean_targets
     return Plan(
         total,
@@ -134,6 +157,7 @@ def plan(recipe: Recipe, *, ranks: int = 1, device: torch.device | None = None) 
         model.get_input_embeddings().weight.numel(),
         memory,
         memory.peak,
+        host,
         train.examples,
         train.num_steps,
         train.examples * mean,
@@ -162,13 +186,13 @@ def _config(recipe: Recipe, remarks: list[str]) -> tuple[Any, Any]:
         raise UserError(f"{files}/config.json cannot be read ({' '.join(str(error).split())[:160]})") from error
 
 
-def _examples(recipe: Recipe, files: Any, remarks: list[str]) -> tuple[list[Encoded], float, float]:
-    """Some examples of the run (their lengths are what counts), the mean number of their tokens, and of their targets."""
+def _examples(recipe: Recipe, files: Any, longest: int, remarks: list[str]) -> tuple[list[int], int, float, float]:
+    """Lengths of some examples of the run, that of the longest to be expected, the mean number of their tokens, and of their targets."""
     train = recipe.train
     try:
         if files is None:
             raise UserError("there is no tokenizer to count with")
-        encoder = PromptEncoder(load_tokenizer(files), find_format(recipe.format), train.max_length)
+        encoder = PromptEncoder(load_tokenizer(files), find_format(recipe.format), longest)
         mixture = Mixture(recipe.mixture)
         draws = [mixture.draw(index) for index in range(min(train.examples, SAMPLE))]
         found = [each for each in encoder.encode_batch([(d.example.inputs, d.example.targets) for d in draws if d.example]) if each]
@@ -176,11 +200,20 @@ def _examples(recipe: Recipe, files: Any, remarks: list[str]) -> tuple[list[Enco
             raise UserError("none of the first draws gives an example")
     except UserError as error:
         remarks.append(f"an example is taken to have {MEAN_TOKENS} tokens, {MEAN_TARGETS} of them trained on: {error}")
-        tokens = min(MEAN_TOKENS, train.max_length)
-        targets = min(MEAN_TARGETS, tokens - 1)
-        return [Encoded([0] * tokens, targets, cut=False)] * min(train.examples, 64), tokens, targets
-    num = len(draws)
-    return found, sum(len(each.ids) for each in found) / num, sum(each.num_target for each in found) / num
+        tokens = min(MEAN_TOKENS, longest)
+        return [tokens], longest, tokens, min(MEAN_TARGETS, tokens - 1)
+    num, lengths = len(draws), [len(each.ids) for each in found]
+    return lengths, max(lengths), sum(lengths) / num, sum(each.num_target for each in found) / num
+
+
+def _largest_pass(num_examples: int, longest: int, tokens_per_pass: int) -> list[Encoded]:
+    """The largest pass that a rank can meet, with so many examples a step: all of them are as long as the longest, and trained on throughout.
+
+    The worst moment of a run is not that of its average step: one example in a hundred thousand is met sooner or later.
+    """
+    tokens = min(num_examples * longest, max(tokens_per_pass, longest))
+    lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 1)
+    return [Encoded([0] * length, length - 1, cut=False) for length in lengths]
 
 
 def _materialize(model: Any) -> None:
@@ -196,19 +229,15 @@ def _materialize(model: Any) -> None:
                     tensors[name] = made[id(old)]
 
 
-def _trace(
-    recipe: Recipe, config: Any, examples: list[Encoded], compute: torch.dtype, device: torch.device, ranks: int
-) -> tuple[Any, Batch, float]:
-    """A model without memory, the largest pass of one rank, and the bytes that autograd keeps of it."""
+def _trace(recipe: Recipe, config: Any, examples: list[Encoded], compute: torch.dtype, device: torch.device) -> tuple[Any, float]:
+    """A model without memory, and the bytes that autograd keeps of a pass over these examples."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from mtllama.model.attention import SEGMENTS
 
     train = recipe.train
-    each = max(1, train.batch_size // ranks)
-    passes = [batch for first in range(0, len(examples), each) for batch in pack(examples[first : first + each], train.tokens_per_pass)]
-    largest = max(passes, key=lambda batch: batch.ids.shape[1])
+    batch = next(pack(examples, sum(len(example.ids) for example in examples)))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{config.model_type} is no causal language model of transformers")
     with torch.device("meta"):
@@ -222,12 +251,12 @@ def _trace(
     with FakeTensorMode(allow_non_fake_inputs=True):
         _materialize(model)
         model.train()
-        full = _kept(model, largest, compute)
+        full = _kept(model, batch, compute)
         if not train.activation_checkpointing:
-            return model, largest, full
+            return model, full
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # In the backward pass, one layer at a time is there in full.
-        return model, largest, _kept(model, largest, compute) + full / config.num_hidden_layers
+        return model, _kept(model, batch, compute) + full / config.num_hidden_layers
 
 
 def _kept(model: Any, batch: Batch, compute: torch.dtype) -> float:
