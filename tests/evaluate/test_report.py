@@ -312,6 +312,17 @@ def test_the_published_numbers_are_shown_as_another_models_with_a_warning(base: 
     assert "Not comparable: our columns are on the embedded sampler data" in text
 
 
+def test_t0s_one_figure_of_anli_stands_beside_each_round_and_is_called_that(tmp_path: Path) -> None:
+    records = [choice_record(f"anli_r{number}", "score", i, i % 2) for number in (1, 3) for i in range(4)]
+    write_report([save_run(tmp_path / "run", records, "Pico", suite="t0")], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    shown = text[text.index("## Beside the published T0") :]
+    for number in (1, 3):
+        assert f"| anli\\_r{number} | 33.4 | 41.0 |" in shown
+        assert f"About ANLI, round {number}: the published figure is one for all three rounds" in shown
+    assert "round 2" not in shown
+
+
 def test_real_data_carries_no_sampler_warning_and_unlike_settings_are_named(tmp_path: Path) -> None:
     records = records_of(SST2_BASE, COPA_BASE, SQUAD_BASE)
     base = save_run(tmp_path / "base", records, "Pico", suite="mt-llama", missing={"rte": "rte: no file for the split validation"})
