@@ -164,6 +164,36 @@ def test_remove_takes_the_whole_folder_and_nothing_else(tmp_path: Path) -> None:
     assert standing(tmp_path) == {"other/old": "old"} and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_folder_is_one_process_s_alone_and_somebody_else_s_is_refused(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    with folders.locked(work, ("state",)):
+        (work / "state").touch()
+        with pytest.raises(UserError, match=r"another process writes to .*work; wait for it"), folders.locked(work, ("state",)):
+            raise AssertionError("the block must not begin")
+    with folders.locked(work, ("state",)):  # what it holds is ours
+        folders.remove(work)
+    with folders.locked(work, ("state",)):
+        assert work.is_dir()
+    assert not list(tmp_path.iterdir())  # nothing was put into it
+    old_folder(work)
+    with pytest.raises(UserError, match="holds other files"), folders.locked(work, ("state",)):
+        raise AssertionError("the block must not begin")
+    assert standing(tmp_path) == {"work/old": "old"}
+
+
+def test_a_lock_of_a_folder_that_its_owner_has_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening the file and locking it, the other one is done."""
+    work, flock = tmp_path / "work", folders.fcntl.flock
+
+    def late(*rest: Any) -> None:
+        folders.remove(work)
+        flock(*rest)
+
+    monkeypatch.setattr(folders.fcntl, "flock", late)
+    with pytest.raises(UserError, match="another process writes"), folders.locked(work, ()):
+        raise AssertionError("the block must not begin")
+
+
 @given(JSON)
 def test_json_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "value.json"

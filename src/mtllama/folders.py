@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -10,16 +11,18 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mtllama import __version__
 from mtllama.errors import UserError
 
 MANIFEST = "mtllama.json"
 """File name of the manifest that every stage leaves in its folder."""
+LOCK = "lock"
+"""File in a folder that one process at a time may write into."""
 _THIS = secrets.token_hex(4)
 """Tells this process from earlier ones of the same number: in containers, that of the first one is 1 at every start."""
 
@@ -62,7 +65,7 @@ def beside(path: Path, kind: str) -> Path:
 
 def _tidy(path: Path) -> None:
     """Remove what processes of this machine that are no more left beside `path`; a result that one had moved aside goes back."""
-    for kind in ("old", "partial", "fetched"):
+    for kind in ("old", "partial", "fetched", "removed"):
         for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(platform.node())}.*.{kind}"):
             number, _, made_by = left.name.split(".")[-2].partition("-")
             ours = number == str(os.getpid())
@@ -90,9 +93,41 @@ def replace_folder(source: Path, path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a folder of ours; it is renamed first, so that it is never seen half gone."""
-    old = beside(path, "old")
-    path.rename(old)
-    shutil.rmtree(old)
+    removed = beside(path, "removed")
+    path.rename(removed)
+    shutil.rmtree(removed)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, marks: Collection[str]) -> Iterator[None]:
+    """While the block runs, `folder` is this process's alone; it is made where it is not there, and goes again if nothing is put into it.
+
+    One that holds files but none of `marks`, the names that tell that it is ours, is somebody else's: it is refused.
+    """
+    _tidy(folder)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    ours = any(name == mark or name.startswith(f".{mark}.") for name in names for mark in marks)  # a kill may have left it half written
+    if set(names) - {LOCK} and not ours:
+        raise UserError(f"{folder} holds other files, where an unfinished run would be; move them, or choose another output folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: two runs in one folder are the user's to avoid
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK))  # the one who had it may have removed the folder
+            except (BlockingIOError, FileNotFoundError):
+                free = False
+            if not free:
+                raise UserError(f"another process writes to {folder}; wait for it, or choose another output folder")
+        try:
+            yield
+        finally:
+            if folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -134,10 +169,17 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """The same for bytes."""
+    with new_file(path) as handle:
+        handle.write(content)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file beside `path`; when the block ends without an error it is synced and becomes `path`."""
     partial = beside(path, "partial")
     try:
         with open(partial, "wb") as handle:
-            handle.write(content)
+            yield handle
             handle.flush()
             os.fsync(handle.fileno())
         partial.replace(path)

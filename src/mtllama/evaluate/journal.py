@@ -5,10 +5,10 @@ of a run that was cut off, or shared among ranks, are those of one that was not.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +22,8 @@ from mtllama.evaluate.items import Item
 from mtllama.evaluate.protocols import Kind, Record
 
 RECORDS, SETTINGS = "records.jsonl", "settings.json"
-_LOCK = "lock"
+_APART = 0.05
+"""Nat, in the mean over tokens. Checkpoints of one model some hundred steps apart are further from each other."""
 _PATIENCE = timedelta(days=7)
 """How long a rank waits for the others; one that fails is noticed by the launcher, which ends them all."""
 
@@ -85,13 +86,12 @@ class Journal:
         self.work, self.blocks, self.ranks = work, blocks, ranks
         self._own = work / (RECORDS if ranks.rank == 0 else f"records.{ranks.rank}.jsonl")
         with folders.explained(work):
+            self._held = contextlib.ExitStack()
             if ranks.rank == 0:
-                self._lock()
-                try:
+                with contextlib.ExitStack() as held:
+                    held.enter_context(folders.locked(work, (SETTINGS, folders.LOCK)))
                     self._claim(json.loads(json.dumps(settings)), overwrite=overwrite)
-                except BaseException:
-                    os.close(self._descriptor)
-                    raise
+                    self._held = held.pop_all()
             ranks.wait()
             if not (work / SETTINGS).is_file():
                 raise UserError(f"rank {ranks.rank} does not see {work}: --out must be on a file system that all machines share")
@@ -122,30 +122,16 @@ class Journal:
         """Let go of the folder; `remove` it where its records stand elsewhere now."""
         if remove:
             folders.remove(self.work)
-        if self.ranks.rank == 0:
-            os.close(self._descriptor)
-
-    def _lock(self) -> None:
-        if self.work.is_dir() and any(self.work.iterdir()) and not (self.work / SETTINGS).is_file() and not (self.work / _LOCK).is_file():
-            raise UserError(f"{self.work} holds other files, where an unfinished run would be; choose another --out")
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self.work / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._descriptor)
-            raise UserError(f"another process writes to {self.work}; wait for it, or choose another --out") from None
-        except OSError:  # a file system without locks: two runs in one folder are the user's to avoid
-            pass
+        self._held.close()
 
     def _claim(self, settings: dict[str, Any], *, overwrite: bool) -> None:
         if overwrite:
             for file in self.work.iterdir():
-                if file.name != _LOCK:
+                if file.name != folders.LOCK:
                     shutil.rmtree(file) if file.is_dir() else file.unlink()
         if (self.work / SETTINGS).is_file():
             before = folders.read_json(self.work / SETTINGS)
-            odd = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+            odd = [name for name in {**before, **settings} if not _same(before.get(name), settings.get(name))]
             if odd:
                 was, now = (json.dumps(each.get(odd[0]), ensure_ascii=False)[:80] for each in (before, settings))
                 raise UserError(
@@ -171,6 +157,14 @@ class Journal:
 
     def _whole(self, block: Block, found: dict[Key, Record]) -> bool:
         return all(key in found and found[key]["sha256"] == sha256 for key, sha256 in block.keys)
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether a setting is the same; numbers may be as far apart as those that a server computes of one model twice, in 16 bits."""
+    lists = isinstance(before, list) and isinstance(now, list) and len(before) == len(now) > 0
+    if not lists or not all(isinstance(value, float) for value in (*before, *now)):
+        return bool(before == now)
+    return statistics.fmean(abs(a - b) for a, b in zip(before, now, strict=True)) <= _APART
 
 
 def json_line(record: Record) -> str:
