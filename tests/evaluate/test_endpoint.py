@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from mtllama.cli import app
 from mtllama.errors import UserError
 from mtllama.evaluate import endpoint as endpoints
+from mtllama.evaluate import runner
 from mtllama.evaluate.endpoint import Endpoint
 from mtllama.evaluate.items import EvalConfig
 from mtllama.evaluate.runner import RECORDS, evaluate
@@ -36,6 +38,7 @@ class Server(ThreadingHTTPServer):
         self.fail: dict[int, tuple[int, str]] = {}
         """Requests (by number) that are answered by this status and text."""
         self.echoes, self.models, self.keys = True, ["pico"], set[str]()
+        self.root = "/models/pico"
 
     @property
     def url(self) -> str:
@@ -72,7 +75,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.keys.add(self.headers.get("Authorization", ""))
-        self.reply(200, json.dumps({"data": [{"id": name} for name in self.server.models]}))
+        entries = [{"id": name, "created": time.time_ns(), "root": self.server.root} for name in self.server.models]
+        self.reply(200, json.dumps({"data": entries}))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -149,6 +153,38 @@ def test_what_cannot_be_had_is_told_in_one_line(server: Server, pico: Path, monk
         Endpoint("http://127.0.0.1:9/v1", source)
 
 
+@pytest.mark.parametrize(("echoes", "protocol"), [(True, "rank"), (False, "generate")])
+def test_another_model_behind_the_same_name_does_not_go_on_with_a_run(
+    server: Server, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, echoes: bool, protocol: str
+) -> None:
+    config, server.echoes = EvalConfig(tasks=("copa",), limit=6, protocols=(protocol,)), echoes
+    monkeypatch.setattr(runner, "BLOCK", 2)
+    monkeypatch.setattr(endpoints, "LONGEST_WAIT", 0.01)
+
+    def begin() -> None:
+        evaluate(Endpoint(server.url, find_model(str(pico), weights=False)), config, tmp_path / "run")
+
+    server.fail = {number: (400, "killed") for number in range(6, 99)}
+    with pytest.raises(UserError, match="killed"):
+        begin()
+    asked = len((tmp_path / "run.partial" / RECORDS).read_text(encoding="utf-8").splitlines())
+    assert 0 < asked < 6
+    server.fail, server.root = {}, "/models/other"
+    with pytest.raises(UserError, match="another model "):
+        begin()
+    server.root = "/models/pico"
+    weights, noise = server.model.state_dict(), torch.Generator().manual_seed(1)
+    own = {name: tensor.clone() for name, tensor in weights.items()}
+    for tensor in weights.values():
+        tensor += 0.05 * torch.randn(tensor.shape, generator=noise)
+    with pytest.raises(UserError, match="another fingerprint "):
+        begin()
+    for name, tensor in weights.items():  # the same model, as another machine computes it
+        tensor.copy_(own[name] * (1 + 1e-4 * torch.randn(tensor.shape, generator=noise)))
+    begin()
+    assert (tmp_path / "run" / RECORDS).is_file()
+
+
 def test_the_command_asks_the_endpoint_and_sends_the_key(
     server: Server, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +192,7 @@ def test_the_command_asks_the_endpoint_and_sends_the_key(
     words = ["eval", str(pico), "--endpoint", server.url, "--tasks", "copa", "--limit", "4", "--protocol", "rank"]
     done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
-    assert server.keys == {"Bearer secret"} and "copa" in done.stdout and server.seen == 8
+    assert server.keys == {"Bearer secret"} and "copa" in done.stdout and server.seen == 8 + 1  # and the fingerprint
     assert "secret" not in (tmp_path / "run" / "results.json").read_text(encoding="utf-8")
     wrong = CliRunner().invoke(app, [*words, "--self-test"])
     assert isinstance(wrong.exception, UserError) and "--endpoint" in str(wrong.exception)

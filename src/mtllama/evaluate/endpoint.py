@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, TypeVar
 
 import requests
@@ -29,6 +30,11 @@ TIMEOUT = (10.0, 600.0)
 KEY = "OPENAI_API_KEY"
 """Where in the environment the key is, if the server wants one."""
 
+STABLE = ("root", "parent", "owned_by", "max_model_len")
+"""What servers say of a model that is the same whenever they are asked; vLLM's `created` is the time of the question."""
+PROBE = "The ferry leaves the harbour at noon. Twelve and seven make nineteen. In Paris, people speak French."
+"""A text whose tokens tell models apart."""
+
 T = TypeVar("T")
 
 
@@ -44,21 +50,34 @@ class Endpoint:
         self.tokenizer = load_tokenizer(source.files)
         length = int(getattr(AutoConfig.from_pretrained(source.files, local_files_only=True), "max_position_embeddings", 2048))
         self.encoder = PromptEncoder(self.tokenizer, find_format(format or source.own_format() or DEFAULT_FORMAT), length)
-        served = [str(each["id"]) for each in self._ask("GET", "models").get("data", [])]
+        entries = {str(each["id"]): each for each in self._ask("GET", "models").get("data", [])}
+        served = list(entries)
         if model is None and len(served) != 1:
             raise UserError(f"{self.url} serves {', '.join(served) or 'no model'}; choose one with --served-model")
         if model is not None and model not in served:
             raise UserError(f"{self.url} does not serve {model!r}; it has {', '.join(served) or 'no model'}")
         self.model = model or served[0]
+        self.said = {key: value for key in STABLE if isinstance(value := entries[self.model].get(key), str | int)}
+        """What the server says of it."""
+
+    @cached_property
+    def fingerprint(self) -> list[float] | str:
+        """What tells another model behind the same name: the log-probabilities of a fixed text, or greedy text where there are none."""
+        ids = list(self.tokenizer(PROBE).input_ids)
+        try:
+            return [round(value, 2) for value in self.score([Branches(ids[:1], [ids[1:]])])[0][0]]
+        except UserError:  # it may be one that generates only; if it is down, the next request says so
+            return self.answer([ids], max_new_tokens=24, stop=())[0].text
 
     def describe(self) -> dict[str, Any]:
-        """Facts for results; what weights a server has, it does not say."""
+        """Facts for results; what weights a server has, it does not say, so its model is known by its answers, too."""
         return {
             "name": f"{self.model} ({self.url})",
             "folder": str(self._source.files),
             "delta": None,
             "parameters": None,
-            "weights_sha256": f"{self.url} {self.model}",
+            "weights_sha256": " ".join([self.url, self.model, *(f"{key}={value}" for key, value in self.said.items())]),
+            "fingerprint": self.fingerprint,
             "recipe": None,
             "dtype": "served",
         }

@@ -23,7 +23,7 @@ from mtllama.evaluate.protocols import Kind, Record
 
 RECORDS, SETTINGS = "records.jsonl", "settings.json"
 _APART = 0.05
-"""Nat, in the mean over tokens. Checkpoints of one model some hundred steps apart are further from each other."""
+"""Nat, in the mean over tokens."""
 _PATIENCE = timedelta(days=7)
 """How long a rank waits for the others; one that fails is noticed by the launcher, which ends them all."""
 

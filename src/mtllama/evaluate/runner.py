@@ -77,6 +77,7 @@ def evaluate(
     described = engine.describe()
     asked = {
         "model": described["weights_sha256"],
+        **({"fingerprint": described["fingerprint"]} if "fingerprint" in described else {}),
         "format": engine.encoder.format.name,
         "dtype": described.pop("dtype"),
         "boundary": boundary(engine),
