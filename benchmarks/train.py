@@ -19,8 +19,8 @@ before and after the runs, and the floor is the examples' FLOPs at that rate.
 
 TRL is installed into a virtual environment of its own under --peers at the first run. Its whole runs are slow: they are made once for
 each set of versions, examples and processor, kept in --work, and not made again (--fresh: they are). With --peer-steps N
-they are cut off after N steps: speed is measured beside ours, quality is that of a kept whole run, if there is one. The last line of
-the output is one JSON document.
+they are cut off after N steps: speed is measured beside ours, quality is that of a kept whole run, if there is one. --preload gives all
+of them another allocator alike. The last line of the output is one JSON document.
 """
 
 import argparse
@@ -137,7 +137,7 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
         "rows": len(rows),
         "tokens": sum(lengths),
         "targets": sum(row.num_target for row in rows),
-        "median_tokens": lengths[len(lengths) // 2],
+        "median_tokens": statistics.median(lengths),
         "longest": lengths[-1],
         "cut_to_max_length": sum(row.cut for row in rows),
         "sha256": digest([row.ids for row in rows]),
@@ -170,12 +170,12 @@ def in_order(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
 # Runs
 
 
-def watched(argv: Sequence[str | Path], metrics: Path, log: Path, threads: int) -> dict[str, Any]:
-    """Run a trainer; when each of its steps ended (seconds since the epoch), and its memory.
+def watched(argv: Sequence[str | Path], metrics: Path, log: Path, threads: int, beside: dict[str, str]) -> dict[str, Any]:
+    """Run a trainer with `beside` in its environment; when each of its steps ended (seconds since the epoch), and its memory.
 
     A step ends when its line appears in `metrics`: the file's own time of change says when, however late it is looked at.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **beside}
     ends: list[float] = []
     last: list[dict[str, Any]] = []
     peak = peak_in_steps = size = 0
@@ -285,6 +285,8 @@ class Bench:
     """`key=value` for our recipe."""
     peer_steps: int
     fresh: bool
+    environment: dict[str, str]
+    """What every run has beside the benchmark's own: its allocator."""
 
     def recipe(self) -> dict[str, Any]:
         return {
@@ -315,7 +317,7 @@ class Bench:
         recipe, out = self.recipe(), folder / "out"
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
         command: list[str | Path] = [sys.executable, "-m", "mtllama", "train", "run", folder / "recipe.yaml", *self.settings]
-        run = watched(command, out.with_name("out.partial") / "metrics.jsonl", folder / "log", self.threads)
+        run = watched(command, out.with_name("out.partial") / "metrics.jsonl", folder / "log", self.threads, self.environment)
         self._counted(run)
         result = {"run": run, "about": {"recipe": {**recipe["train"], "mixture": "the examples in their order"}, "set": self.settings}}
         if quality:
@@ -350,7 +352,8 @@ class Bench:
             **{name: str(folder / name) for name in ("metrics", "result", "out")},
         }
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        run = watched([self.python(), HERE / "train_peer.py", folder / "job.json"], folder / "metrics", folder / "log", self.threads)
+        command: list[str | Path] = [self.python(), HERE / "train_peer.py", folder / "job.json"]
+        run = watched(command, folder / "metrics", folder / "log", self.threads, self.environment)
         about = json.loads((folder / "result").read_text(encoding="utf-8"))
         about.pop("job")
         result = {"run": run, "about": about}
@@ -365,7 +368,16 @@ class Bench:
 
     def _kept(self, packing: bool) -> Path:
         rows = [[row.ids for row in part] for part in (self.train, self.held_out)]
-        settings = [packing, BATCH_SIZE, LR, MAX_LENGTH, MAX_GRAD_NORM, self.threads, processor()]
+        settings = [
+            packing,
+            BATCH_SIZE,
+            LR,
+            MAX_LENGTH,
+            MAX_GRAD_NORM,
+            self.threads,
+            processor(),
+            *([self.environment] if self.environment else []),
+        ]
         return self.work / f"kept-{digest(PEER, rows, settings)}.json"
 
     def _counted(self, run: dict[str, Any]) -> None:
@@ -540,19 +552,36 @@ def processor() -> str:
 # All
 
 
+def allocator(library: str | None, settings: str | None) -> dict[str, str]:
+    """The environment of runs that use another allocator. One that cannot be loaded would else be passed over with a warning in a log."""
+    if library is None:
+        if settings is not None:
+            raise FailedError("--malloc-conf is for the allocator of --preload")
+        return {}
+    environment = {"LD_PRELOAD": library, **({} if settings is None else {"MALLOC_CONF": settings})}
+    tried = subprocess.run([sys.executable, "-c", ""], capture_output=True, text=True, env={**os.environ, **environment})
+    if tried.returncode or tried.stderr.strip():
+        raise FailedError(f"--preload {library}: {last_line(tried.stderr)}")
+    return environment
+
+
 def summary(results: Sequence[dict[str, Any]], flops_floor: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """One contestant: the median of its runs."""
+    """One contestant: the median of its runs; what is no speed is that of the run nearest to it."""
     done = [result for result in results if "failed" not in result]
     if not done:
         return dict(results[0])
     speeds = [speed(result["run"]) for result in done]
-    middle = sorted(range(len(done)), key=lambda place: speeds[place]["tokens_per_second"])[len(done) // 2]
+    names = ("tokens_per_second", "seconds_per_step", "median_seconds_per_step")
+    medians = {name: round(statistics.median(each[name] for each in speeds), 3) for name in names}
+    rate = medians["tokens_per_second"]
+    middle = min(range(len(done)), key=lambda place: abs(speeds[place]["tokens_per_second"] - rate))
     chosen, limit = done[middle], flops_floor["bfloat16"]["tokens_per_second"]
     losses = [line["loss"] for line in chosen["run"]["lines"]]
     return {
         **speeds[middle],
+        **medians,
         "runs": [each["tokens_per_second"] for each in speeds],
-        "fraction_of_bf16_floor": round(speeds[middle]["tokens_per_second"] / limit, 3),
+        "fraction_of_bf16_floor": round(rate / limit, 3),
         "peak_mb": max(result["run"]["peak_mb"] for result in done),
         "peak_mb_with_saving": max(result["run"]["peak_mb_with_saving"] for result in done),
         "start_to_first_step_seconds": chosen["run"]["start_to_first_step_seconds"],
@@ -623,6 +652,10 @@ def main() -> None:
     parser.add_argument("--peer-steps", type=int, default=-1, metavar="N", help="cut the peers off after so many steps (at least 2)")
     parser.add_argument("--only", choices=NAMES, action="append", help="may be repeated; default: all")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="wins over our recipe; may be repeated")
+    parser.add_argument(
+        "--preload", metavar="LIB", help="an allocator, as libjemalloc.so.2, put before the C library's in every run (LD_PRELOAD)"
+    )
+    parser.add_argument("--malloc-conf", metavar="TEXT", help="its settings (MALLOC_CONF)")
     parser.add_argument("--fresh", action="store_true", help="do not use kept runs of the peers")
     parser.add_argument("--peers", type=Path, default=cache / "peers", metavar="DIR", help="the peers' environments (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=cache / "work" / "train", metavar="DIR", help="default: %(default)s")
@@ -630,6 +663,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.peer_steps in (0, 1) or arguments.examples <= BATCH_SIZE or min(arguments.held_out, arguments.repeat) < 1:
         parser.error(f"--peer-steps must be 2 or more, --examples more than {BATCH_SIZE}, --held-out and --repeat 1 or more")
+    try:
+        environment = allocator(arguments.preload, arguments.malloc_conf)
+    except FailedError as error:
+        parser.error(str(error))
 
     import torch
 
@@ -647,9 +684,8 @@ def main() -> None:
     base = held_out_loss(model, held_out)
     say(f"base: held-out loss {base['loss']:.4f}")
     python = functools.cache(functools.partial(peer_python, arguments.peers.resolve(), "trl", PEER))
-    bench = Bench(
-        model, train, held_out, work, python, arguments.threads, tuple(arguments.set), max(arguments.peer_steps, -1), arguments.fresh
-    )
+    settings, peer_steps = tuple(arguments.set), max(arguments.peer_steps, -1)
+    bench = Bench(model, train, held_out, work, python, arguments.threads, settings, peer_steps, arguments.fresh, environment)
     jobs: dict[str, Callable[..., dict[str, Any]]] = {
         "ours": bench.ours,
         "sft": functools.partial(bench.peer, packing=False),
@@ -673,6 +709,7 @@ def main() -> None:
         "versions": {"mtllama": metadata.version("mtllama"), **VERSIONS},
         "peer": list(PEER),
         "threads": arguments.threads,
+        "environment": environment,
         "model": arguments.model,
         "setting": {
             "batch_size": BATCH_SIZE,
