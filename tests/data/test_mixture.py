@@ -1,6 +1,7 @@
 """The mixture is a function of its settings and an index, fair to rows, to templates and to rates."""
 
 import json
+import os
 import pickle
 import random
 from collections import Counter, defaultdict
@@ -18,6 +19,7 @@ from mtllama.data.mixture import Mixture, MixtureConfig, held_out, passages, tra
 from mtllama.data.plan import plan
 from mtllama.errors import UserError
 from mtllama.tasks.catalog import Rows, catalog
+from mtllama.tasks.promptsource import read_templates
 from mtllama.tasks.template import Example, Template
 
 SIZES = {"trec": 90, "rotten_tomatoes": 210, "common_gen": 60}
@@ -452,6 +454,63 @@ def test_rendered_rows_stand_beside_the_rows_of_a_set_and_share_its_rate_by_thei
     seen = {(draw.template, draw.row) for draw in drawn if draw.example and "<" in draw.example.inputs}
     assert len(seen) == 3 + 6 + 4, "every rendered row comes up"
     assert plan(mixture, 600)["by_set"][0]["rows"] == 15
+
+
+def changed(path: Path, old: str, new: str) -> None:
+    """Another text of the same length."""
+    text = path.read_text(encoding="utf-8")
+    assert old in text and len(old) == len(new)
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def others(mixture: Mixture, before: dict[str, str]) -> set[str]:
+    return {name for name, mark in mixture.data().items() if before.get(name) != mark}
+
+
+def test_an_edit_of_equal_length_is_other_data_and_a_new_date_is_not(folder: Path) -> None:
+    before = mixed(folder).data()
+    assert set(before) == set(SIZES) and before["trec"].startswith("90 rows, ") and json.loads(json.dumps(before)) == before
+    for file in folder.glob("*/train.jsonl"):
+        os.utime(file, (1, 1))
+    assert others(mixed(folder), before) == set()
+    changed(folder / "trec" / "train.jsonl", "<7> is what?", "<7> is that?")
+    assert others(mixed(folder), before) == {"trec"}
+
+
+def test_every_file_of_rendered_rows_counts(tmp_path: Path) -> None:
+    before = beside(tmp_path).data()
+    changed(tmp_path / "p3" / "trec_what_category_best_describe" / "train.jsonl", "<5>", "<6>")  # the second of two files
+    assert others(mixed(tmp_path / "rows", p3=tmp_path / "p3"), before) == {"trec (P3)"}
+    alone = mixed(tmp_path / "p3", templates="p3").data()
+    changed(tmp_path / "p3" / "trec_what_category_best_describe" / "train.jsonl", "<4>", "<6>")
+    assert others(mixed(tmp_path / "p3", templates="p3"), alone) == {"trec"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("Good? {{ text }}", "Fine? {{ text }}"), ("name: absent", "name: abroad"), ("{{ title }}", "{{  text }}")]
+)
+def test_other_templates_are_other_data(tmp_path: Path, old: str, new: str) -> None:
+    folder = judged(tmp_path)
+
+    def found() -> Mixture:
+        read_templates.cache_clear()  # as in another process
+        return mixed(folder / "data", templates=f"promptsource:{folder / 'ps'}")
+
+    before, own = found().data(), mixed(folder / "data").data()
+    assert set(before) == set(own) == {"rotten_tomatoes"} and before != own
+    changed(folder / "ps" / "rotten_tomatoes" / "templates.yaml", old, new)
+    assert others(found(), before) == (set() if "absent" in old else {"rotten_tomatoes"})  # that one fits no row, whatever its name
+
+
+def test_evaluation_sets_that_leave_out_other_rows_make_other_data(folder: Path) -> None:
+    write(folder, "rotten_tomatoes", [{"text": LEAK if i == 3 else LEAK[::-1] if i == 4 else f"film <{i}>", "label": 0} for i in range(20)])
+    (folder / "sst2").mkdir()
+    held, before = folder / "sst2" / "validation.jsonl", {}
+    for leak, expected in ((LEAK, set(SIZES)), (LEAK[::-1], {"rotten_tomatoes"})):  # row 3 is left out, then row 4
+        held.write_text(json.dumps({"sentence": leak, "label": 1}) + "\n", encoding="utf-8")
+        mixture = mixed(folder, decontaminate=True)
+        assert others(mixture, before) == expected and "19 rows" in mixture.data()["rotten_tomatoes"]
+        before = mixture.data()
 
 
 def test_rendered_rows_that_share_text_with_an_evaluation_set_are_left_out(tmp_path: Path) -> None:

@@ -6,17 +6,19 @@ prompts take turns over them. A prompt that asks only some rows (a `{% if %}` ar
 own over those rows, so that it keeps its rate.
 """
 
+import hashlib
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import grain
 import numpy as np
 
+from mtllama import folders
 from mtllama.data import contamination
 from mtllama.data.order import Interleave, Order
 from mtllama.errors import MissingDataError, UserError
@@ -210,7 +212,10 @@ class Part:
     """Rows at hand, those that were dropped not counted."""
     rate: Fraction
     templates: tuple[str, ...]
-    origin: str
+    sources: tuple[str, ...]
+    """Files, or hub ids, of its rows."""
+    marks: str
+    """A hash of what else decides which text is drawn: the prompts to the letter, the rows that are left out."""
     dropped: int = 0
     """Rows left out because they share text with an evaluation set."""
     rendered: bool = False
@@ -250,10 +255,22 @@ class Mixture:
                 found.append(f"{part.name}: {part.dropped} rows share text with an evaluation set and are left out")
         return found
 
-    def data(self) -> dict[str, list[int]]:
-        """Rows, and bytes where it is a file, of the source of each set: whether two mixtures read the same data."""
-        sizes = {part.origin: Path(part.origin).stat().st_size if Path(part.origin).is_file() else 0 for part in self.parts}
-        return {part.name: [part.num_rows, sizes[part.origin]] for part in self.parts}
+    def data(self) -> dict[str, str]:
+        """The number of rows of each set, and a hash of what is drawn of it and how often: whether two mixtures draw the same texts.
+
+        Files count with their content, whatever their dates and folders are; what is from the hub with its id and number of rows.
+        """
+        hashes = dict.fromkeys((source for part in self.parts for source in part.sources), "")
+        with progress("looking at the data", len(hashes)) as advance:
+            for source in hashes:
+                if (path := Path(source)).is_file():
+                    status = path.stat()
+                    hashes[source] = f"{path.name} {_hash(path, status.st_size, status.st_mtime_ns)}"
+                advance()
+        return {
+            part.name: f"{part.num_rows} rows, {_digest(part.marks, str(part.rate), *(hashes[each] or each for each in part.sources))}"
+            for part in self.parts
+        }
 
     @property
     def num_rows(self) -> int:
@@ -334,7 +351,10 @@ class Mixture:
             self.streams.append(_Turns(rows, places, always, one * len(always), config.seed))
         self.streams += [_Some(rows, places, [prompt], one, config.seed) for prompt in fits if prompt.conditional]
         names = tuple(prompt.name for prompt in fits)
-        self.parts.append(Part(task.name, task.family, len(places), one * len(fits), names, rows.origin, len(dropped)))
+        sources = (rows.origin, *rows.sources)
+        asked = [(each.name, each.jinja, each.answer_choices, each.truncate, each.lenient) for each in fits]
+        marks = _digest(repr(asked), repr(sorted(dropped)))
+        self.parts.append(Part(task.name, task.family, len(places), one * len(fits), names, sources, marks, len(dropped)))
 
     def _add_rendered(self, task: Task, beside: dict[str, p3.Prompted], dropped: dict[str, frozenset[int]], share: Fraction) -> None:
         """`share` of a set's rate for rows of it that P3 rendered, each row alike."""
@@ -356,8 +376,9 @@ class Mixture:
         ]
         self.streams += streams
         left, names = sum(stream.num_rows for stream in streams), tuple(stream.templates[0] for stream in streams)
-        rate, origin = sum((stream.rate for stream in streams), Fraction(0)), next(iter(beside.values())).origin
-        self.parts.append(Part(task.name, task.family, left, rate, names, origin, num_rows - left, rendered=True))
+        rate, sources = sum((stream.rate for stream in streams), Fraction(0)), _sources(beside.values())
+        marks = _digest(*(repr((template, sorted(dropped.get(task_name(task.name, template), ())))) for template in beside))
+        self.parts.append(Part(task.name, task.family, left, rate, names, sources, marks, num_rows - left, rendered=True))
 
     def _read_p3(self) -> None:
         config = self.config
@@ -396,13 +417,28 @@ class Mixture:
                 total, family, rate = 1, "Other", Fraction(min(len(rows[0]), T0_CAP))
             self.streams += [_Rendered(set_name, family, template, each, rate / total, config.seed) for template, each in entries]
             names = tuple(template for template, _ in entries)
-            self.parts.append(Part(set_name, family, sum(map(len, rows)), rate / total * len(entries), names, rows[0].origin))
+            all_of_it = rate / total * len(entries)
+            self.parts.append(Part(set_name, family, sum(map(len, rows)), all_of_it, names, _sources(rows), _digest(*names)))
         for name in () if config.tasks is None else [name for name in known if name not in by_task]:
             self.missing[name] = f"{name}: no P3 rows in {folder}"
             if name in _named(config):
                 raise UserError(self.missing[name])
         if not self.streams:
             raise UserError(f"{folder}: no P3 rows of any data set that was asked for")
+
+
+def _sources(rendered: Iterable[p3.Prompted]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(source for prompted in rendered for source in prompted.sources))
+
+
+@cache
+def _hash(path: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file; worked out again where size or time of change say that it is another."""
+    return folders.sha256_file(path)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _sound(prompts: Sequence[Template], where: str) -> Sequence[Template]:

@@ -71,6 +71,11 @@ class Prompted:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Its files, or hub id."""
+        return self.rows.names if isinstance(self.rows, _Rows) else (self.origin,)
+
     def example(self, index: int) -> Example | None:
         """Row `index` with its texts as they are; None where the target is empty, so the prompt does not apply."""
         row = self.rows[index]
@@ -269,14 +274,14 @@ class _Rows(Sequence[Row]):
         expected: int | None = None,
     ) -> None:
         """`names`: paths, or with `opened` what to call the files; `places`: the rows that are meant, over all files."""
-        self._names, self._opened, self._within, self._expected = tuple(names), opened, places, expected
+        self.names, self._opened, self._within, self._expected = tuple(names), opened, places, expected
 
     @cached_property
     def _files(self) -> Sequence[Sequence[Row]]:
-        files = self._opened or [_open(Path(name)) for name in self._names]
+        files = self._opened or [_open(Path(name)) for name in self.names]
         total = sum(len(file) for file in files)
         if self._expected is not None and total != self._expected:
-            raise UserError(f"{self._names[0]}: {total} records, but the stats file beside it says {self._expected}; fetch both again")
+            raise UserError(f"{self.names[0]}: {total} records, but the stats file beside it says {self._expected}; fetch both again")
         return files
 
     @cached_property
@@ -289,7 +294,7 @@ class _Rows(Sequence[Row]):
         if not len(within) or "is_correct" not in self._at(int(within[0])):
             return within
         places = []
-        with progress(f"correct choices in {self._names[0]}", len(within)) as advance:
+        with progress(f"correct choices in {self.names[0]}", len(within)) as advance:
             for number, place in enumerate(within):
                 if number % _STEP == 0:
                     advance(min(_STEP, len(within) - number))
@@ -310,7 +315,7 @@ class _Rows(Sequence[Row]):
 
     def _say(self, place: int) -> str:
         number, row = self._locate(place)
-        return f"{self._names[number]}, row {row}"
+        return f"{self.names[number]}, row {row}"
 
     def where(self, index: int) -> str:
         """File and row, for messages."""
