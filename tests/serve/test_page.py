@@ -13,6 +13,7 @@ import pytest
 from served import PATIENCE, Served, run_server
 
 from mtllama import api
+from mtllama.data.prompt import Turn
 from mtllama.errors import UserError
 from mtllama.model.engine import Engine
 from mtllama.model.find import find_model
@@ -22,6 +23,7 @@ from mtllama.tasks.catalog import catalog, load_rows, sampler_dir
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
+pages = pytest.importorskip("mtllama.serve.page")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT = 1000 * PATIENCE
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
@@ -130,6 +132,46 @@ def test_a_chat_streams_and_is_stopped_and_forgotten(page: Any, engine: Engine, 
     assert page.locator(".user").count() >= 1 and page.locator("#say textarea").input_value() == ""
     page.get_by_role("button", name="Reset", exact=True).click()
     wait_for(lambda: page.locator(".bot").count() == 0)
+
+
+def test_what_is_stopped_before_its_first_word_is_taken_back(
+    page: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch, paged: Served
+) -> None:
+    begin, goes_on, read = engine.begin, threading.Event(), list[list[int]]()
+
+    def held(prompts: list[list[int]], cache: Any) -> Any:
+        read.extend(prompts)
+        assert goes_on.wait(PATIENCE)
+        return begin(prompts, cache)
+
+    monkeypatch.setattr(engine, "begin", held)
+    monkeypatch.setattr(pages, "MAX_TOKENS", 8)  # so short that no turn has to be forgotten
+    say = page.locator("#say textarea")
+    page.get_by_role("tab", name="Chat").click()
+    say.fill("First?")
+    page.get_by_role("button", name="Send").click()
+    wait_for(lambda: len(read) == 1 and page.locator(".user").count() == 1)
+    with page.expect_response("**/cancel", timeout=WAIT):
+        page.get_by_role("button", name="Stop").click()
+    wait_for(lambda: say.input_value() == "First?" and page.locator(".user").count() == 0)
+    goes_on.set()
+    for number, text in enumerate(("Second?", "Third?"), start=1):
+        say.fill(text)
+        page.get_by_role("button", name="Send").click()
+        wait_for(lambda number=number: page.locator(".bot").count() == number and paged.metric("mtllama_running") == 0)  # type: ignore[misc]
+        wait_for(lambda: say.input_value() == "")
+    asked = [engine.tokenizer.decode(ids) for ids in read]
+    assert "First?" not in asked[1] + asked[2] and asked[1].count("Input:") == 1
+    assert asked[2].startswith("Input: Second?\nOutput:") and asked[2].endswith("Input: Third?\nOutput:")
+
+
+def test_a_dialogue_is_read_by_its_roles(engine: Engine) -> None:
+    def turn(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    turns = [turn("user", "lost"), turn("user", "one"), turn("assistant", "1"), turn("user", "two"), turn("assistant", pages.NOTHING)]
+    assert pages._history([*turns, turn("user", "three")]) == [Turn("one", "1"), Turn("two", "")]
+    assert pages._without_open([*turns, turn("user", "three")]) == turns == pages._without_open(turns)
 
 
 def test_report_and_model_are_shown(page: Any, paged: Served) -> None:

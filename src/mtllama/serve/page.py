@@ -1,6 +1,7 @@
 """The page of a server: tasks to fill in, a chat, a report, and what the model is. It loads nothing from elsewhere."""
 
 import html
+import itertools
 import json
 import os
 import random
@@ -28,6 +29,8 @@ USER = "mtllama"
 REPORT = "/report-files"
 FIRST_TASK = "copa"
 MAX_TOKENS = 512
+NOTHING = "(it says nothing)"
+"""Stands in the dialogue for an answer without a word."""
 FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 MONO = ["ui-monospace", "Consolas", "monospace"]
 CSS = """
@@ -239,32 +242,47 @@ def _chat_tab(model: Shown) -> None:
         send, stop, reset = gr.Button("Send", variant="primary"), gr.Button("Stop"), gr.Button("Reset")
 
     def said(text: str, turns: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
-        return ("", [*turns, {"role": "user", "content": text.strip()}]) if text.strip() else ("", turns)
+        return ("", [*_without_open(turns), {"role": "user", "content": text.strip()}]) if text.strip() else ("", turns)
+
+    def stopped(text: str, turns: list[dict[str, Any]]) -> tuple[Any, Any]:
+        if not turns or turns[-1]["role"] != "user":
+            return gr.skip(), gr.skip()
+        return text or _text(turns[-1]["content"]), _without_open(turns)
 
     def answered(turns: list[dict[str, Any]], warmth: float) -> Iterator[list[dict[str, Any]]]:
         if not turns or turns[-1]["role"] != "user":
             yield turns
             return
-        texts = [_text(turn["content"]) for turn in turns]
-        history = [Turn(user, assistant) for user, assistant in zip(texts[:-1:2], texts[1::2], strict=False)]
         engine, answer = model.scheduler.engine, ""
-        ids, room = Chat(engine, max_new_tokens=MAX_TOKENS, history=history).prompt_ids(texts[-1])
-        settings = api.answer_settings(engine, room, temperature=warmth, seed=random.getrandbits(32))
         try:
+            ids, room = Chat(engine, max_new_tokens=MAX_TOKENS, history=_history(turns)).prompt_ids(_text(turns[-1]["content"]))
+            settings = api.answer_settings(engine, room, temperature=warmth, seed=random.getrandbits(32))
             for piece in model.scheduler.stream(ids, settings):
                 answer += piece
                 yield [*turns, {"role": "assistant", "content": answer}]
-        except (BusyError, ClosedError) as error:
+        except (UserError, BusyError, ClosedError) as error:
             raise gr.Error(str(error)) from error
         if not answer:
-            yield [*turns, {"role": "assistant", "content": "(it says nothing)"}]
+            yield [*turns, {"role": "assistant", "content": NOTHING}]
 
-    for event in (line.submit, send.click):
-        running = event(said, [line, dialogue], [line, dialogue], queue=False).then(
-            answered, [dialogue, temperature], dialogue, concurrency_limit=8
-        )
-        stop.click(None, None, None, cancels=[running])
-        reset.click(list, None, dialogue, cancels=[running], queue=False)
+    running = [
+        event(said, [line, dialogue], [line, dialogue], queue=False).then(answered, [dialogue, temperature], dialogue, concurrency_limit=8)
+        for event in (line.submit, send.click)
+    ]
+    stop.click(stopped, [line, dialogue], [line, dialogue], cancels=running, queue=False)
+    reset.click(list, None, dialogue, cancels=running, queue=False)
+
+
+def _without_open(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The dialogue without what was said last and got no answer: it was stopped, or the queue was full."""
+    return turns[:-1] if turns and turns[-1]["role"] == "user" else turns
+
+
+def _history(turns: list[dict[str, Any]]) -> list[Turn]:
+    """What was said and answered before the last turn. By their roles: where a turn stands does not tell whose it is."""
+    pairs = [pair for pair in itertools.pairwise(turns) if [turn["role"] for turn in pair] == ["user", "assistant"]]
+    texts = [(_text(asked["content"]), _text(answer["content"])) for asked, answer in pairs]
+    return [Turn(asked, "" if answer == NOTHING else answer) for asked, answer in texts]
 
 
 def _text(content: Any) -> str:
