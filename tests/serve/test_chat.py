@@ -72,6 +72,16 @@ def test_one_prompt_and_the_examples_print_answers_only(chat: Chat, capsys: pyte
     assert all(f"# {title}" in out and text in out for title, text in EXAMPLES)
 
 
+def test_bytes_that_are_no_text_are_read_as_such_and_the_pipe_goes_on(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?\ntwo\n"), encoding="utf-8"))
+    terminal.run(chat, no_other)
+    assert [turn.inputs for turn in chat.history] == ["caf\ufffd?", "two"]
+    terminal.run(chat, no_other, prompt=os.fsdecode(b"caf\xe9?"))
+    assert chat.history[-1].inputs == "caf\ufffd?" and not capsys.readouterr().err
+
+
 COPA = "/task copa\nThe candle went out.\ncause\nI blew on it\nI lit it\n"
 
 

@@ -1,6 +1,8 @@
 """Chat in a terminal or over a pipe: lines that are asked, and commands that begin with a slash."""
 
 import contextlib
+import io
+import re
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -17,12 +19,14 @@ Read = Callable[[str], str]
 Load = Callable[[str], Engine]
 """A model by its name, for `/model NAME`."""
 MAX_FIELD = 100_000
+_NO_CHARACTER = re.compile("[\ud800-\udfff]")
+"""What Python makes of bytes of a command line that are not in its encoding."""
 
 
 def run(chat: Chat, load: Load, *, prompt: str | None = None, examples: bool = False) -> None:
-    """Answer one prompt, the examples, every line of a pipe, or a person."""
+    """Answer one prompt, the examples, every line of a pipe, or a person. Bytes that are no text are read as U+FFFD."""
     if prompt is not None:
-        _say(chat.answer(prompt))
+        _say(chat.answer(_NO_CHARACTER.sub("\N{REPLACEMENT CHARACTER}", prompt)))
     elif examples:
         for title, text in EXAMPLES:
             print(f"# {title}\n{text}\n-> ", end="")
@@ -31,6 +35,8 @@ def run(chat: Chat, load: Load, *, prompt: str | None = None, examples: bool = F
     elif sys.stdin.isatty():
         _Dialogue(chat, load, _editor(), person=True).run()
     else:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         _Dialogue(chat, load, _piped, person=False).run()
 
 
