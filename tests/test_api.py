@@ -1,6 +1,8 @@
 """The package as Python sees it: generate, score, run a task."""
 
 import shutil
+import tomllib
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,23 @@ def test_a_raw_prompt_is_put_into_no_format(model: Model) -> None:
     text = model.generate("Is fog wet?", max_new_tokens=6, raw=True)
     assert text == engine.tokenizer.decode(engine.continue_ids([engine.encoder.raw_ids("Is fog wet?")], max_new_tokens=6)[0])
     assert model.generate(["Is fog wet?"], max_new_tokens=6, raw=True) == [text] != [model.generate("Is fog wet?", max_new_tokens=6)]
+
+
+def test_a_lone_stop_string_is_one_and_not_its_letters(model: Model) -> None:
+    whole = model.generate("Is fog wet?", max_new_tokens=20, raw=True)
+    stop = whole[8:12]
+    assert whole.index(stop[0]) < whole.index(stop)  # by its letters it would end sooner
+    for prompt in ("Is fog wet?", ["Is fog wet?"]):
+        told = model.generate(prompt, max_new_tokens=20, raw=True, stop=stop)
+        assert told == model.generate(prompt, max_new_tokens=20, raw=True, stop=[stop])
+    assert told == [whole[: whole.index(stop)]]
+    assert model.generate(["One"], max_new_tokens=12, stop="e e") == model.generate(["One"], max_new_tokens=12, stop=["e e"])
+
+
+def test_type_checkers_are_told_that_the_package_has_types() -> None:
+    settings = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert (files("mtllama") / "py.typed").is_file()
+    assert "py.typed" in settings["tool"]["setuptools"]["package-data"]["mtllama"]  # else it stays out of the wheel
 
 
 def test_scores_are_sums_over_the_answer_and_its_end_marker(model: Model) -> None:
@@ -100,6 +119,7 @@ def test_a_template_may_hold_longer_rows_of_bars() -> None:
         (lambda m: m.generate("x", stop=[""]), "a stop string is empty"),
         (lambda m: m.generate("word " * 600), "the model reads 512 in all"),
         (lambda m: m.score("x", []), "0 choices"),
+        (lambda m: m.score("x", "Yes"), "the choices are one text, 'Yes'; give a list"),
         (lambda m: m.score("x", [""], raw=True), "choice 0 is no token"),
         (lambda m: m.run_task("copa"), "premise, question, choice1, choice2 missing"),
         (lambda m: m.run_task("copa", wrong=1), "missing"),

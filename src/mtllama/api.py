@@ -106,12 +106,12 @@ class Model:
     @overload
     def generate(
         self, prompt: str, *, max_new_tokens: int = ..., temperature: float = ..., top_p: float = ..., seed: int = ...,
-        stop: Sequence[str] = ..., raw: bool = ...,
+        stop: str | Sequence[str] = ..., raw: bool = ...,
     ) -> str: ...  # fmt: skip
     @overload
     def generate(
         self, prompt: list[str], *, max_new_tokens: int = ..., temperature: float = ..., top_p: float = ..., seed: int = ...,
-        stop: Sequence[str] = ..., raw: bool = ...,
+        stop: str | Sequence[str] = ..., raw: bool = ...,
     ) -> list[str]: ...  # fmt: skip
     def generate(
         self,
@@ -121,12 +121,12 @@ class Model:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         raw: bool = False,
     ) -> str | list[str]:
         """The answer to a prompt, or to each of several, which are computed together where that is greedy.
 
-        It ends at its end marker, before a string of `stop`, or after `max_new_tokens`. `temperature` 0 is greedy; else tokens
+        It ends at its end marker, before `stop` or one of its strings, or after `max_new_tokens`. `temperature` 0 is greedy; else tokens
         are drawn by `seed`, those of prompt i by `seed + i`. Blanks around an answer are left out, unless `raw`.
         """
         if isinstance(prompt, str):
@@ -147,7 +147,7 @@ class Model:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         raw: bool = False,
     ) -> Iterator[str]:
         """The answer in pieces, as it comes; as `generate` has it."""
@@ -184,13 +184,13 @@ def answer_settings(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     top_logprobs: int | None = None,
     raw: bool = False,
 ) -> Settings:
     """Settings of an answer in the model's own format: its end marker is a stop string too, where that is text."""
-    end = engine.encoder.format.end
-    strings = (*stop, end) if end and not raw else tuple(stop)
+    end, stops = engine.encoder.format.end, (stop,) if isinstance(stop, str) else tuple(stop)  # a text is a sequence of its letters, too
+    strings = (*stops, end) if end and not raw else stops
     return Settings(max_new_tokens, temperature, top_p, seed, tuple(dict.fromkeys(strings)), top_logprobs, strip=not raw)
 
 
@@ -219,6 +219,8 @@ def require_room(encoder: PromptEncoder, length: int, room: int) -> None:
 
 def branches(engine: Engine, prompt: str, choices: Sequence[str], *, raw: bool = False) -> Branches:
     """A prompt and its choices as ids."""
+    if isinstance(choices, str):
+        raise UserError(f"the choices are one text, {choices[:40]!r}; give a list of texts")
     if not choices or len(choices) > MAX_CHOICES:
         raise UserError(f"{len(choices)} choices; there must be at least 1 and at most {MAX_CHOICES}")
     encode = engine.encoder.raw_continuation_ids if raw else engine.encoder.answer_ids
