@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mtllama import folders
+from mtllama.errors import UserError
 from mtllama.model import adapter
 from mtllama.tasks.catalog import catalog, find_tasks, sampler_dir
 from mtllama.tasks.p3 import config_name
@@ -61,3 +62,21 @@ def test_the_two_recipes_of_mt_llama_have_its_numbers() -> None:
     readme, script = (load_recipe(Path(name)).train for name in ("mt-llama-7b", "mt-llama-7b-train-sh"))
     assert (readme.num_steps, readme.batch_size, readme.lr, readme.max_length, readme.weight_decay) == (300_000, 16, 5e-6, 2048, 0.0)
     assert (script.examples, script.lr, script.schedule, script.warmup_ratio) == (60_000_000, 2e-5, "cosine", 0.03)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("train.lr=.nan", "train.lr is nan; a finite number is needed"),
+        ("train.lr=.inf", "train.lr is inf; a finite number is needed"),
+        ("train.max_grad_norm=.nan", "train.max_grad_norm is nan"),
+        ("train.spike=.nan", "train.spike is nan"),
+        ("train.weight_decay=-1", "train.weight_decay is -1.0; it cannot be negative"),
+        ("lora={alpha: .nan}", "lora.alpha positive"),
+        ("out=/", "out is /; a folder that has a name is needed"),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused_where_the_recipe_is_read(word: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(Path("quickstart"), [word])
+    assert said in str(error.value) and "\n" not in str(error.value)

@@ -98,7 +98,15 @@ def test_the_command_prints_a_table_and_its_status_tells(tmp_path: Path, monkeyp
     assert wrong.exit_code == 1 and "choose from packing, accumulation, resume, ranks" in str(wrong.exception)
 
 
+def test_a_folder_of_other_files_is_not_taken_for_verify_s_own(pico: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.verify").mkdir()
+    (tmp_path / "m.verify" / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"m\.verify holds other files"):
+        verification.verify(recipe(pico, tmp_path / "m"), ["packing"])
+    assert (tmp_path / "m.verify" / "thesis.tex").is_file()
+
+
 def test_a_run_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a run to compare with failed: no model") as error:
         verification.verify(recipe(Path("nobody-knows"), tmp_path / "m"), ["packing"], steps=2)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())

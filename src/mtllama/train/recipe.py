@@ -1,5 +1,6 @@
 """A recipe: everything that a training run depends on, in one YAML file."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -58,10 +59,15 @@ class TrainConfig:
         for name in ("examples", "batch_size", "max_length", "tokens_per_pass", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; at least 1 is needed")
+        for name in ("lr", "warmup_ratio", "weight_decay", "max_grad_norm", "spike"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"train.{name} is {getattr(self, name)}; a finite number is needed")
         if self.spike and self.spike <= 1:
             raise ValueError(f"train.spike is {self.spike}; a factor above 1 is needed, or 0 for none")
         if self.lr <= 0 or self.max_grad_norm <= 0:
             raise ValueError("train.lr and train.max_grad_norm must be positive")
+        if self.weight_decay < 0:
+            raise ValueError(f"train.weight_decay is {self.weight_decay}; it cannot be negative")
         if self.compile and self.activation_checkpointing:
             raise ValueError("train.compile and train.activation_checkpointing do not go together; set one of them to false")
         if not 0 <= self.warmup_ratio < 1:
@@ -107,7 +113,7 @@ class LoraConfig:
     """The result is a normal model folder with the product added; else it is an adapter folder as peft reads it."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0 or not self.targets:
+        if self.rank < 1 or not 0 < self.alpha < math.inf or not self.targets:
             raise ValueError("lora.rank must be at least 1, lora.alpha positive, and lora.targets must name a matrix")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}; from 0 to below 1 is needed")
@@ -139,6 +145,13 @@ class Recipe:
         find_format(self.format)
         if self.lora and self.save_dtype != "auto":
             raise ValueError("save_dtype is for models whose weights are all trained; with lora the result has the dtype of its base")
+        if not self.out.resolve().name:
+            raise ValueError(f"out is {self.out}; a folder that has a name is needed")
+
+    def beside(self, kind: str) -> Path:
+        """The folder `<out>.<kind>`, for what is not the result."""
+        out = self.out.resolve()  # "." has no name
+        return out.with_name(f"{out.name}.{kind}")
 
 
 def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -68,7 +68,7 @@ def verify(recipe: Recipe, what: Sequence[str] = WHAT, *, steps: int = STEPS) ->
     for each in what:
         if each not in WHAT:
             raise UserError(f"--what {each!r} is unknown; choose from {', '.join(WHAT)}")
-    work = recipe.out.with_name(recipe.out.name + ".verify")
+    work = recipe.beside("verify")
     train = replace(
         recipe.train,
         dtype="float32",
@@ -86,17 +86,20 @@ def verify(recipe: Recipe, what: Sequence[str] = WHAT, *, steps: int = STEPS) ->
         one = replace(one, lora=replace(one.lora, merge=True))
     if recipe.lora and recipe.lora.dropout:
         raise UserError("lora.dropout drops others in every way to pack; verify with lora.dropout=0")
-    shutil.rmtree(work, ignore_errors=True)
     found = []
-    try:
-        with progress("verify", 1 + len(what)) as advance:
-            _run(one)
-            advance(note="one pass a step,")
-            for each in what:
-                found.append(_compare(each, one))
-                advance(note=f"{each},")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with folders.explained(work), folders.locked(work, (folders.LOCK,)):
+        try:
+            for left in work.iterdir():  # by a run that was killed
+                if left.is_dir():
+                    shutil.rmtree(left)
+            with progress("verify", 1 + len(what)) as advance:
+                _run(one)
+                advance(note="one pass a step,")
+                for each in what:
+                    found.append(_compare(each, one))
+                    advance(note=f"{each},")
+        finally:
+            folders.remove(work)
     return found
 
 
@@ -146,7 +149,7 @@ def _run(recipe: Recipe, ranks: int = 1) -> None:
 
 def _run_killed(recipe: Recipe) -> None:
     """Run it, kill it after its first checkpoint, and run it again to the end."""
-    checkpoints = recipe.out.with_name(recipe.out.name + ".partial") / "checkpoints"
+    checkpoints = recipe.beside("partial") / "checkpoints"
     for _ in range(TRIES):
         process = subprocess.Popen(_command(recipe, 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not any(checkpoints.glob("step-*")):
@@ -170,10 +173,12 @@ def _differences(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> tu
         return math.inf, math.inf
     losses, norms = [], []
     for our, their in zip(ours, theirs, strict=True):
+        if not our["tasks"]:  # nothing to train on, on both sides
+            continue
         pairs = [(our["loss"], their["loss"]), *((our["tasks"][task]["loss"], their["tasks"][task]["loss"]) for task in our["tasks"])]
         losses += [abs(one - other) if None not in (one, other) else math.inf for one, other in pairs]
         norms.append(_relative(our["grad_norm"], their["grad_norm"]))
-    return max(losses), max(norms)
+    return max(losses, default=math.inf), max(norms, default=math.inf)
 
 
 def _relative(our: float | None, their: float | None) -> float:
