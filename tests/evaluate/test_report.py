@@ -391,11 +391,14 @@ def test_the_training_loss_is_shown_when_its_log_is_that_of_the_model_measured(b
     lines = [
         {"step": 1, "loss": 3.0, "targets": 10, "families": {"Sentiment": {"loss": 3.0, "targets": 10}}},
         {"step": 2, "loss": 2.0, "targets": 30, "families": {"Topic": {"loss": 2.0, "targets": 20}}},
+        {"step": 3, "loss": None, "targets": 30, "families": {}},  # found nothing to train on
+        {"step": 4, "loss": None, "targets": 45, "families": {"NLI": {"loss": None, "targets": 15}}},  # its loss was no number
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert tmp_path / "out/figures/loss-tuned.png" in write_report([base, tuned], tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| all | 30 | 3.000 | 2.000 |" in text and "| Topic | 20 | 2.000 | 2.000 |" in text
+    assert "| NLI |" not in text
     (folder / "mtllama.json").write_text(json.dumps({"recipe": {"name": "another"}}))
     assert tmp_path / "again/figures/loss-tuned.png" not in write_report([base, tuned], tmp_path / "again")
 

@@ -496,9 +496,16 @@ def training(runs: Sequence[Run]) -> Section:
             targets = [count for _, _, count in there]
             if name == "all":  # its count runs on over the steps
                 targets = [count - before for before, count in zip([0, *targets], targets, strict=False)]
-            smoothed = smooth([loss for _, loss, _ in there], targets, window)
-            series.append((name, [step for step, _, _ in there], smoothed))
+            # A step that found nothing to train on, or whose loss was no number, has none to draw.
+            known = [(step, loss, count) for (step, loss, _), count in zip(there, targets, strict=True) if loss is not None]
+            if not known:
+                continue
+            targets = [count for _, _, count in known]
+            smoothed = smooth([loss for _, loss, _ in known], targets, window)
+            series.append((name, [step for step, _, _ in known], smoothed))
             rows.append([Cell(name), Cell(str(sum(targets))), Cell(f"{smoothed[0]:.3f}"), Cell(f"{smoothed[-1]:.3f}")])
+        if not series:
+            continue
         said = "; ".join(f"{row[0].text}: {row[2].text} to {row[3].text}" for row in rows)
         about = f"{len(lines)} steps, smoothed by an exponential mean weighted by target tokens, window {window}"
         drawing = draw_losses(series)
