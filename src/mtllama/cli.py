@@ -422,8 +422,16 @@ def mix_export(
 
 
 @train.command("run")
-def train_run(recipe: RecipeFile, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+def train_run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished result. What is not finished goes on all the same.")
+    ] = False,
+) -> None:
     """Train by a recipe; cut off, the same command goes on. Example: mtllama train run quickstart train.lr=5e-5
+
+    An unfinished run is in OUT.partial: remove that folder to begin anew.
 
     On several GPUs or machines: torchrun --nproc-per-node 8 -m mtllama train run RECIPE
     """

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ from mtllama.errors import UserError
 from mtllama.model import attention
 from mtllama.model.find import find_model
 from mtllama.model.load import LoadedModel, load_model
-from mtllama.train import loop
+from mtllama.train import journal, loop
 from mtllama.train.parallel import Ranks
 from mtllama.train.recipe import Recipe, TrainConfig, load_recipe
 from mtllama.weights.shards import CheckpointReader
@@ -228,7 +230,8 @@ def test_a_run_goes_on_from_before_its_first_update(pico: Path, tmp_path: Path) 
     """The first example is skipped, so that there are no moments yet when the run is interrupted."""
     wanted = recipe(pico, tmp_path / "m", examples=8, batch_size=1, max_length=13)
     interrupt(wanted, 1)
-    assert "targets" in (line := metrics(tmp_path / "m.partial")[0]) and line["targets"] == 0
+    (line,) = metrics(tmp_path / "m.partial")
+    assert line["targets"] == 0 and line["loss"] is line["grad_norm"] is None  # there is none: it is not 0
     ours, theirs = loop.run(wanted), loop.run(replace(wanted, out=tmp_path / "n"))
     assert [line["loss"] for line in metrics(ours)] == [line["loss"] for line in metrics(theirs)]
     assert (folders.read_manifest(ours) or {})["totals"]["targets"] > 0
@@ -236,8 +239,119 @@ def test_a_run_goes_on_from_before_its_first_update(pico: Path, tmp_path: Path) 
 
 def test_an_unfinished_run_of_another_recipe_is_refused(pico: Path, tmp_path: Path) -> None:
     claim(recipe(pico, tmp_path / "m"))
-    with pytest.raises(UserError, match="another recipe"):
-        loop.run(recipe(pico, tmp_path / "m", lr=1e-5))
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"m\.partial holds an unfinished run of another recipe; remove it, or choose another out"):
+            loop.run(recipe(pico, tmp_path / "m", batch_size=4), overwrite=overwrite)
+
+
+def steps_done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every step that is computed."""
+    done: list[int] = []
+    backward = loop._backward
+
+    def counted(objective: loop.Objective, examples: list[Any], *rest: Any) -> torch.Tensor:
+        done.append(len(examples))
+        return backward(objective, examples, *rest)
+
+    monkeypatch.setattr(loop, "_backward", counted)
+    return done
+
+
+def test_overwrite_is_for_the_result_and_an_unfinished_run_goes_on_all_the_same(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, done = recipe(pico, tmp_path / "m", examples=32), steps_done(monkeypatch)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "old").touch()
+    interrupt(wanted, 3, overwrite=True)
+    assert (tmp_path / "m" / "old").is_file() and len(done) == 3
+    loop.run(wanted, overwrite=True)
+    assert not (tmp_path / "m" / "old").exists() and len(done) == 4
+
+
+def test_a_run_that_could_not_write_its_result_does_no_step_again(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, done = recipe(pico, tmp_path / "m", examples=24, save_every=100), steps_done(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_write_weights", Mock(side_effect=OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match="no space left"):
+            loop.run(wanted)
+    assert len(done) == 3 and not (tmp_path / "m").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "remove", Mock(side_effect=KeyboardInterrupt))  # the result stands; the working folder does, too
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(wanted)
+    result = weights(tmp_path / "m")
+    assert (tmp_path / "m.partial").is_dir()
+    assert loop.run(wanted) == tmp_path / "m"
+    assert len(done) == 3 and [path.name for path in tmp_path.iterdir()] == ["m"]
+    plain = weights(loop.run(replace(wanted, out=tmp_path / "n")))
+    assert all(torch.equal(result[name], plain[name]) for name in plain)
+
+
+def test_a_result_of_the_same_recipe_is_not_made_again_and_one_of_another_is_not_taken_for_it(
+    pico: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = steps_done(monkeypatch)
+    same = recipe(pico, trained)
+    assert loop.run(replace(same, train=replace(same.train, keep=1))) == trained and not done
+    assert "is the result of this recipe already; --overwrite trains anew" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is not empty"):
+        loop.run(recipe(pico, trained, lr=1e-3))
+    monkeypatch.setattr(Mixture, "data", lambda mixture: {"other": [1, 1]})
+    with pytest.raises(UserError, match="is not empty"):
+        loop.run(same)
+
+
+def test_two_processes_do_not_train_into_one_folder(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, met, backward = recipe(pico, tmp_path / "m", examples=8), [], loop._backward
+
+    def meanwhile(*rest: Any) -> torch.Tensor:
+        monkeypatch.setattr(loop, "_backward", backward)
+        with pytest.raises(UserError) as other:
+            loop.run(wanted)
+        met.append(str(other.value))
+        return backward(*rest)
+
+    monkeypatch.setattr(loop, "_backward", meanwhile)
+    assert (loop.run(wanted) / loop.METRICS).is_file()
+    assert len(met) == 1 and "another process writes to" in met[0]
+
+
+def test_a_folder_of_other_files_is_not_taken_for_an_unfinished_run(pico: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.partial").mkdir()
+    (tmp_path / "m.partial" / "thesis.tex").touch()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"m\.partial holds other files"):
+            loop.run(recipe(pico, tmp_path / "m", examples=8), overwrite=overwrite)
+    assert (tmp_path / "m.partial" / "thesis.tex").is_file()
+
+
+def test_the_working_folder_can_be_the_result(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    loop.run(recipe(pico, Path("."), examples=8))
+    assert (tmp_path / "here" / loop.METRICS).is_file() and [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_run_whose_data_gives_nothing_to_train_on_has_no_result(pico: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^nothing was trained on: 8 of 8 draws skipped \(8: its answer alone is longer than train.max_length\)"
+    ):
+        loop.run(recipe(pico, tmp_path / "m", examples=8, max_length=8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_long_log_is_rewound_without_holding_it(tmp_path: Path) -> None:
+    file, norms = tmp_path / "metrics.jsonl", []
+    lines = [json.dumps({"step": step, "grad_norm": step / 7, "tasks": dict.fromkeys(map(str, range(60)), 0.5)}) for step in range(1, 3001)]
+    file.write_text("\n".join(lines) + '\n{"step": 30', encoding="utf-8")
+    tracemalloc.start()
+    journal.rewind(file, 2000, lambda line: norms.append(line["grad_norm"]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert file.read_text(encoding="utf-8") == "".join(line + "\n" for line in lines[:2000])
+    assert norms == [step / 7 for step in range(1, 2001)]
+    assert peak < file.stat().st_size / 2
 
 
 def test_an_unfinished_run_of_other_data_is_refused(pico: Path, tmp_path: Path) -> None:
@@ -333,10 +447,34 @@ def test_a_step_whose_loss_is_no_number_is_passed_over_and_its_examples_are_name
 
 def test_three_steps_in_a_row_that_cannot_be_taken_end_the_run(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned(monkeypatch, {2, 4, 5, 6}, float("inf"))
-    with pytest.raises(UserError, match=r"^step 6 is passed over: .*; that was 3 steps in a row: lower train.lr"):
+    with pytest.raises(UserError, match=r"^step 6 is passed over: .*; that was 3 steps in a row: look at these examples, or"):
         loop.run(recipe(pico, tmp_path / "m"))
     assert not (tmp_path / "m").exists()
     assert [line["step"] for line in metrics(tmp_path / "m.partial")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_bad_steps_ended_goes_on_with_the_settings_that_its_last_words_name(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        poisoned(patch, {3, 4, 5}, float("inf"))
+        with pytest.raises(UserError) as ended:
+            loop.run(recipe(pico, tmp_path / "m", examples=48, dtype="bfloat16"))
+    for word in ("lower train.lr", "train.dtype=float32", "another train.spike", f"last checkpoint in {tmp_path / 'm.partial'}"):
+        assert word in str(ended.value)
+    changed = recipe(pico, tmp_path / "m", examples=48, lr=1e-3, spike=50.0)
+    out = loop.run(changed)
+    assert "from step 5 on with train.lr=0.001 (was 0.01), train.dtype=float32 (was bfloat16), train.spike=50.0 (was 20.0)" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+    assert [line["lr"] for line in metrics(out)[4:]] == [loop.learning_rate(changed.train, step) for step in (4, 5)]
+    assert [line["lr"] for line in metrics(out)[:4]] == [10 * loop.learning_rate(changed.train, step) for step in range(4)]
+    manifest = folders.read_manifest(out) or {}
+    assert [(each["from_step"], each["train"]["lr"], each["train"]["dtype"]) for each in manifest["changes"]] == [
+        (1, 0.01, "bfloat16"),
+        (5, 0.001, "float32"),
+    ]
+    assert manifest["recipe"]["train"]["lr"] == 1e-3
 
 
 def test_a_spike_is_passed_over_and_the_weights_stay_as_they_were(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,11 +515,16 @@ def test_what_is_written_for_tensorboard_can_be_read_by_it_and_goes_on_after_a_k
     assert losses == pytest.approx({line["step"]: line["loss"] for line in metrics(out)}, rel=1e-6) and len(losses) == 20
 
 
-def test_an_answer_that_is_too_long_is_counted_and_never_trained_on_as_nothing(pico: Path, tmp_path: Path) -> None:
+def test_an_answer_that_is_too_long_is_counted_and_never_trained_on_as_nothing(
+    pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = loop.run(recipe(pico, tmp_path / "m", max_length=24, examples=32))
     totals = (folders.read_manifest(out) or {})["totals"]
     assert totals["skipped"] > 0 and totals["cut"] > 0
     assert totals["examples"] + totals["skipped"] == 32
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{totals['skipped']} of 32 draws skipped ({totals['skipped']}: its answer alone is longer" in said
+    assert f", {totals['cut']} prompts cut to train.max_length" in said
     assert all(line["targets"] > 0 for line in metrics(out))
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,7 @@ class Journal:
         self._work, self._spike = work, spike
         self._norms: deque[float] = deque(maxlen=WINDOW)
         self._in_a_row = 0
-        for line in rewind(work / METRICS, start):
-            self._note(line["grad_norm"], passed_over="passed_over" in line)
+        rewind(work / METRICS, start, lambda line: self._note(line["grad_norm"], passed_over="passed_over" in line))
         rewind(work / SKIPPED, start)
         self._board = _board(work / TENSORBOARD, start) if tensorboard else None
 
@@ -75,8 +74,10 @@ class Journal:
         if not passed_over and norm is not None:
             self._norms.append(norm)
 
-    def doubt(self, loss: float, norm: float) -> str | None:
-        """Why a step should not be taken; None if it should."""
+    def doubt(self, loss: float | None, norm: float) -> str | None:
+        """Why a step should not be taken; None if it should. A step without targets has no loss."""
+        if loss is None:
+            return None
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"loss {loss}, gradient norm {norm}"
         usual = statistics.median(self._norms) if len(self._norms) >= ENOUGH else math.inf
@@ -103,7 +104,8 @@ class Journal:
         what = f"step {line['step']} is passed over: {doubt}; the examples with the largest loss: {'; '.join(map(str, worst))}"
         if self._in_a_row >= IN_A_ROW:
             raise UserError(
-                f"{what}; that was {IN_A_ROW} steps in a row: lower train.lr, set train.dtype=float32, or look at these examples"
+                f"{what}; that was {IN_A_ROW} steps in a row: look at these examples, or give the same command with a lower train.lr, "
+                f"train.dtype=float32 or another train.spike: it goes on with them from the last checkpoint in {self._work}"
             )
         return what
 
@@ -117,16 +119,19 @@ class Journal:
             self._board.close()
 
 
-def rewind(file: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines of later steps than this one (a last line that a kill cut short among them); returns the others."""
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            if (found := json.loads(line))["step"] <= step:
-                kept.append(found)
-    if file.is_file():
-        folders.write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
-    return kept
+def rewind(file: Path, step: int, note: Callable[[dict[str, Any]], None] = lambda line: None) -> None:
+    """Drop the lines of later steps than this one (a last line that a kill cut short among them); the others are shown to `note`.
+
+    One at a time: those of a long run do not fit beside a model.
+    """
+    if not file.is_file():
+        return
+    with open(file, "rb") as lines, folders.new_file(file) as kept:
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                if (found := json.loads(line))["step"] <= step:
+                    kept.write(line.rstrip(b"\n") + b"\n")
+                    note(found)
 
 
 def _plain(value: Any) -> Any:
@@ -140,7 +145,8 @@ def _plain(value: Any) -> Any:
 
 def _scalars(line: dict[str, Any]) -> Iterable[tuple[str, float]]:
     for name in ("loss", "lr", "grad_norm", "tokens_per_second", "mfu"):
-        yield f"train/{name}", line[name]
+        if line[name] is not None:
+            yield f"train/{name}", line[name]
     for kind in ("families", "tasks"):
         for name, found in line[kind].items():
             yield f"{kind}/{name}", found["loss"]

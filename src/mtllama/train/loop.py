@@ -6,11 +6,13 @@ compute dtype under autocast. Every rank takes its share of each step's examples
 """
 
 import contextlib
+import json
 import math
 import os
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +48,10 @@ COMPILED = "mtllama_segments_compiled"
 """Segment attention within compiled layers: it is given the batch, since they would be compiled anew for every length of a list."""
 HOW = ("activation_checkpointing", "compile", "tokens_per_pass", "save_every", "keep", "tensorboard")
 """Keys of `train` that say how a run is computed and kept, not what comes out: they may change while it is not done; so may `parallel`."""
+STEERING = ("lr", "warmup_ratio", "schedule", "weight_decay", "max_grad_norm", "dtype", "spike")
+"""Keys that say how far a step goes, not what is read in it: they may change, too, and from which step on they did is kept."""
+CHANGES = "changes.json"
+"""The values of these by the first step that each were in force for."""
 
 
 @dataclass
@@ -91,18 +97,23 @@ def run(recipe: Recipe, *, overwrite: bool = False, ranks: Ranks | None = None) 
     """Train by `recipe`; returns the folder of the result.
 
     The unfinished run lives in `<out>.partial`; the same recipe started again goes on from its last checkpoint, on any number
-    of ranks. Every rank calls this (`parallel.joined`); none: this process alone.
+    of ranks, and one that is done is not done again. `overwrite`: a finished result is replaced, be it of this recipe or not.
+    Every rank calls this (`parallel.joined`); none: this process alone.
     """
-    out, train = recipe.out, recipe.train
+    train, work = recipe.train, recipe.beside("partial")
     ranks = (ranks or Ranks()).by(recipe.parallel)
-    ranks.once(lambda: folders.require_new(out, overwrite=overwrite))
-    work = out.with_name(out.name + ".partial")
     mixture = Mixture(recipe.mixture)
+    if not overwrite and ranks.once(lambda: _is_done(recipe, mixture, work)):
+        say(f"{recipe.out} is the result of this recipe already; --overwrite trains anew")
+        return recipe.out
+    ranks.once(lambda: folders.require_new(recipe.out, overwrite=overwrite))
     for remark in mixture.remarks():
         say(f"mixture: {remark}")
     loaded, objective = _load(recipe, ranks)
     encoder = PromptEncoder(loaded.tokenizer, loaded.format, min(train.max_length, loaded.max_length))
-    with folders.explained(work):
+    with folders.explained(work), contextlib.ExitStack() as held:
+        if ranks.first:
+            held.enter_context(folders.locked(work, (RECIPE,)))
         ranks.once(lambda: _claim(work, recipe, mixture, overwrite=overwrite))
         trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=train.lr, weight_decay=train.weight_decay, fused=True)
@@ -110,7 +121,9 @@ def run(recipe: Recipe, *, overwrite: bool = False, ranks: Ranks | None = None) 
         totals = Totals(**kept)
         if start:
             say(f"going on from step {start} of {train.num_steps}")
+        ranks.once(lambda: _note_changes(work, train, start))
         _steps(recipe, objective, optimizer, mixture, encoder, work, start, totals, ranks)
+        ranks.once(lambda: _account(work, totals))
         return _finish(recipe, loaded, encoder, work, totals, ranks)
 
 
@@ -168,35 +181,72 @@ def _compile(model: Any, layers: list[torch.nn.Module], device: torch.device) ->
         layer.compile(dynamic=True)
 
 
+def _is_done(recipe: Recipe, mixture: Mixture, work: Path) -> bool:
+    """Whether the result is there, of this recipe and this data. What a kill left of the run that made it goes."""
+    made = folders.read_manifest(recipe.out) or {}
+    if "recipe" not in made or _what(made["recipe"]) != _what(configs.to_dict(recipe)) or made.get("data") != mixture.data():
+        return False
+    if work.is_dir():
+        if not state.folder_of(work / "checkpoints", recipe.train.num_steps).is_dir():
+            return False  # begun after it: to be gone on with
+        with folders.locked(work, (RECIPE,)):
+            folders.remove(work)
+    return True
+
+
 def _claim(work: Path, recipe: Recipe, mixture: Mixture, *, overwrite: bool) -> None:
-    """Make the working folder, or check that the one there is of the same recipe and the same data."""
+    """Begin in the working folder, or check that the run in it is of the same recipe and the same data."""
+    folders.require_new(recipe.out, overwrite=overwrite)  # whoever had the folder until now may be done
     wanted, data = configs.to_dict(recipe), mixture.data()
-    if (work / RECIPE).is_file() and not overwrite:
-        if _what(folders.read_json(work / RECIPE)) != _what(wanted):
-            raise UserError(f"{work} holds an unfinished run of another recipe; remove it, pass --overwrite, or choose another out")
-        before = folders.read_json(work / DATA)
+    if (work / RECIPE).is_file():
+        if _what(folders.read_json(work / RECIPE), *STEERING) != _what(wanted, *STEERING):
+            raise UserError(f"{work} holds an unfinished run of another recipe; remove it, or choose another out")
+        before = folders.read_json(work / DATA) if (work / DATA).is_file() else data
         if changed := sorted(name for name in {*before, *data} if before.get(name) != data.get(name)):
             if not all(isinstance(mark, str) for mark in before.values()):
                 raise UserError(
                     f"{work} was begun by an older version, which kept no more of its data than sizes, so that it cannot be told whether they "
-                    "are the same; pass --overwrite to begin anew, or choose another out"
+                    "are the same; remove the folder to begin anew, or choose another out"
                 )
             then, now = (marks.get(changed[0], "none of it") for marks in (before, data))
             raise UserError(
                 f"{work}: the data of {changed[0]} is not what the run began with ({then} then, {now} now); "
-                "bring it back, pass --overwrite to begin anew, or choose another out"
+                "bring it back, remove the folder to begin anew, or choose another out"
             )
-    else:
-        shutil.rmtree(work, ignore_errors=True)
-        (work / "checkpoints").mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
+    folders.write_json(work / RECIPE, wanted)  # first: it tells that the folder is ours
     folders.write_json(work / DATA, data)
-    folders.write_json(work / RECIPE, wanted)
 
 
-def _what(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The part of a recipe that decides what comes out."""
-    train = {key: value for key, value in recipe.get("train", {}).items() if key not in HOW}
+def _what(recipe: dict[str, Any], *but: str) -> dict[str, Any]:
+    """The part of a recipe that decides what comes out, but for these keys of `train`."""
+    train = {key: value for key, value in recipe.get("train", {}).items() if key not in (*HOW, *but)}
     return {**recipe, "train": train, "parallel": None}
+
+
+def _note_changes(work: Path, train: TrainConfig, start: int) -> None:
+    """Keep which values the steps from here on are done with, and say so where they are others than before."""
+    now = {key: getattr(train, key) for key in STEERING}
+    before = folders.read_json(work / CHANGES) if (work / CHANGES).is_file() else []
+    before = [each for each in before if each["from_step"] <= start]  # later steps are done again
+    was = before[-1]["train"] if before else now
+    if odd := [f"train.{key}={now[key]} (was {was[key]})" for key in STEERING if now[key] != was[key]]:
+        say(f"from step {start + 1} on with {', '.join(odd)}")
+    folders.write_json(work / CHANGES, before if before and not odd else [*before, {"from_step": start + 1, "train": now}])
+
+
+def _account(work: Path, totals: Totals) -> None:
+    """Say what was not trained on as it stands; a run that found nothing to train on has no result."""
+    why: Counter[str] = Counter()
+    with open(work / SKIPPED, encoding="utf-8") as lines:
+        why.update(json.loads(line)["why"] for line in lines)
+    reasons = f" ({'; '.join(f'{count}: {reason}' for reason, count in why.most_common())})" if why else ""
+    skipped = f"{totals.skipped} of {totals.examples + totals.skipped} draws skipped{reasons}"
+    if not totals.targets:
+        folders.remove(work)
+        raise UserError(f"nothing was trained on: {skipped}; raise train.max_length, or choose other data (mtllama mix show has a look)")
+    if totals.skipped or totals.cut:
+        say(f"{skipped}, {totals.cut} prompts cut to train.max_length")
 
 
 def _steps(
@@ -235,7 +285,7 @@ def _steps(
             shares = ranks.gather(share)
             seen = [each for share in shares for each in share.seen]
             num_targets = sum(each.targets for each in seen)
-            loss = sum(each.loss for each in seen) / max(1, num_targets)
+            loss = sum(each.loss for each in seen) / num_targets if num_targets else None
             doubt = ranks.once(lambda loss=loss, norm=norm: journal.doubt(loss, norm))  # type: ignore[misc]
             if doubt is None:
                 for group in optimizer.param_groups:
@@ -253,7 +303,7 @@ def _steps(
                 "step": step + 1,
                 "loss": loss,
                 "lr": learning_rate(train, step),
-                "grad_norm": norm,
+                "grad_norm": norm if num_targets else None,
                 "tokens": totals.tokens,
                 "targets": totals.targets,
                 "tokens_per_second": round(speed, 1),
@@ -265,8 +315,10 @@ def _steps(
                 skipped = sorted((each for share in shares for each in share.skipped), key=lambda each: each["index"])
                 if remark := journal.write(line, seen, skipped, doubt):
                     say(remark)
-            advance(note=f"loss {loss:.3f}, {speed:.0f} tokens/s,")
-            due = (step + 1) % train.save_every == 0 and step + 1 < train.num_steps
+            said = "nothing to train on" if loss is None else f"loss {loss:.3f}"
+            advance(note=f"{said}, {speed:.0f} tokens/s,")
+            # After the last step, too: the result may take long to write, or the disk be full.
+            due = (step + 1) % train.save_every == 0 or step + 1 == train.num_steps
             stop = any(each.interrupted for each in shares)
             if due or stop:
                 state.save(work / "checkpoints", step + 1, objective.model, optimizer, vars(totals), train.keep, ranks)
@@ -414,6 +466,7 @@ def _finish(recipe: Recipe, loaded: LoadedModel, encoder: PromptEncoder, work: P
                 shutil.copyfile(work / file, folder / file)
             if (work / TENSORBOARD).is_dir():
                 shutil.copytree(work / TENSORBOARD, folder / TENSORBOARD)
+            changes = folders.read_json(work / CHANGES)
             folders.write_manifest(
                 folder,
                 "adapter" if kept else "model",
@@ -421,11 +474,13 @@ def _finish(recipe: Recipe, loaded: LoadedModel, encoder: PromptEncoder, work: P
                 base=source.name,
                 format=format.name,
                 recipe=configs.to_dict(recipe),
+                **({"changes": changes} if len(changes) > 1 else {}),
+                data=folders.read_json(work / DATA),
                 totals={**vars(totals), "steps": recipe.train.num_steps},
                 ranks=ranks.size,
             )
     if ranks.first:
-        shutil.rmtree(work)
+        folders.remove(work)
     return recipe.out
 
 
