@@ -83,6 +83,8 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.seen += 1
             failure = self.server.fail.get(self.server.seen)
+        if body["max_tokens"] < 1 or len(body["prompt"]) + body["max_tokens"] > self.server.model.config.max_position_embeddings:
+            failure = (400, "at least one token must be asked for, and fit")  # as with vLLM
         if failure:
             return self.reply(*failure)
         self.reply(200, json.dumps({"choices": [self.server.complete(body)]}))
@@ -127,6 +129,21 @@ def test_scores_and_advances_are_in_the_order_of_the_items(server: Server, pico:
     for one, other in zip(ours, theirs, strict=True):
         for mine, reference in zip(one, other, strict=True):
             assert mine == pytest.approx(reference, abs=1e-4)
+
+
+def test_a_prompt_that_was_cut_is_scored_and_continued_and_one_that_was_not_is_as_with_the_engine(server: Server, pico: Path) -> None:
+    engine, remote = Engine(load_model(find_model(str(pico)), dtype="float32")), Endpoint(server.url, find_model(str(pico)))
+    answers = [engine.encoder.answer_ids(text) for text in ("Yes", "It depends on the fog")]
+    room, length = max(map(len, answers)), engine.encoder.max_length
+    ids, cut = remote.encoder.prompt_ids("word " * 400, room=room)
+    assert cut and len(ids) + room == length - 1
+    items = [Branches(ids, answers), Branches(remote.encoder.prompt_ids("short", room=room)[0], answers)]
+    assert items[1].prompt == engine.encoder.prompt_ids("short", room=room)[0]
+    for one, other in zip(remote.score(items), engine.score(items), strict=True):
+        for mine, reference in zip(one, other, strict=True):
+            assert mine == pytest.approx(reference, abs=1e-4)
+    prompts = [remote.encoder.prompt_ids("word " * 400, room=8)[0]]
+    assert remote.generate(prompts, max_new_tokens=8) == engine.generate(prompts, max_new_tokens=8)
 
 
 def test_what_cannot_be_had_is_told_in_one_line(server: Server, pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:

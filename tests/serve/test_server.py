@@ -464,7 +464,10 @@ def test_an_evaluation_over_this_server_gives_the_engine_s_numbers(served: Serve
     source = served.engine.loaded.source
     there = Endpoint(f"{served.url}/v1", source, model="pico", format=served.engine.loaded.format.name)
     prompts = [served.engine.encoder.whole_prompt_ids(text) for text in ("Is fog wet?", "One", "Name a colour.")]
-    items = [api.Branches(prompt, [served.engine.encoder.answer_ids(text) for text in ("Yes", "No", "It depends")]) for prompt in prompts]
+    answers = [served.engine.encoder.answer_ids(text) for text in ("Yes", "No", "It depends")]
+    cut, was_cut = there.encoder.prompt_ids("word " * 600, room=max(map(len, answers)))
+    assert was_cut
+    items = [api.Branches(prompt, answers) for prompt in (*prompts, cut)]
     for ours, theirs in zip(there.score(items), served.engine.score(items), strict=True):
         for mine, other in zip(ours, theirs, strict=True):
             assert mine == pytest.approx(other, abs=1e-4)

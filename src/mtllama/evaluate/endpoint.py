@@ -49,7 +49,8 @@ class Endpoint:
         self._source, self._local = source, threading.local()
         self.tokenizer = load_tokenizer(source.files)
         length = int(getattr(AutoConfig.from_pretrained(source.files, local_files_only=True), "max_position_embeddings", 2048))
-        self.encoder = PromptEncoder(self.tokenizer, find_format(format or source.own_format() or DEFAULT_FORMAT), length)
+        # A server that scores wants to generate, too (vLLM: one token at least), so what is cut must leave room for one token more.
+        self.encoder = PromptEncoder(self.tokenizer, find_format(format or source.own_format() or DEFAULT_FORMAT), length - 1)
         entries = {str(each["id"]): each for each in self._ask("GET", "models").get("data", [])}
         served = list(entries)
         if model is None and len(served) != 1:
