@@ -886,6 +886,7 @@ def chat(
 
 @app.command()
 def serve(
+    ctx: typer.Context,
     model: Model = None,
     base: Base = None,
     delta: DeltaDir = None,
@@ -921,7 +922,16 @@ def serve(
         raise UserError(f"--engine is {engine!r}; choose mtllama or vllm")
     if show and engine != "vllm":
         raise UserError("--print goes with --engine vllm")
+    if not host.strip():  # to a socket it would mean every address of the machine
+        raise UserError("--host is empty; 127.0.0.1 keeps the server to this machine, 0.0.0.0 lets others in")
+    key = os.environ.get("MTLLAMA_API_KEY") if api_key is None else api_key  # the parser takes an empty variable for none
+    if key is not None and not key.strip():
+        raise UserError("the API key (--api-key, MTLLAMA_API_KEY) is empty; give one, or none at all to let everybody in")
     if engine == "vllm":
+        given = [name for name in _OURS if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")]
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UserError(f"vLLM knows no {options}; leave that out (--print shows its line, to which options of its own can be added)")
         from mtllama.model.find import find_model
         from mtllama.serve.handover import hand_over, vllm_command
 
@@ -949,6 +959,10 @@ def serve(
         say("no page: it needs gradio (pip install 'mtllama[page]')")
     limits = Limits(max_batch, max_queue, max_seconds, int(cache_gb * 2**30))
     server.serve(server.start(loaded, bound, name=name, api_key=api_key, limits=limits, page=page), bound)
+
+
+_OURS = ("format", "max_batch", "max_queue", "max_seconds", "cache_gb", "compare", "report", "data_dir")
+"""Options of `serve` that only the own engine and its page know."""
 
 
 def _chat_engine(model: str | None, base: str | None, delta: str | None, dtype: Any, format: str | None) -> Any:

@@ -9,6 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from mtllama.cli import app
+from mtllama.errors import UserError
 
 
 def serve(*arguments: object, path: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -20,6 +26,7 @@ def serve(*arguments: object, path: str | None = None) -> subprocess.CompletedPr
 @pytest.fixture
 def folder(pico: Path, tmp_path: Path) -> Path:
     shutil.copytree(pico, tmp_path / "my model")
+    (tmp_path / "my model" / "chat_template.jinja").write_text("{{ messages[-1].content }}")
     return tmp_path / "my model"
 
 
@@ -51,9 +58,40 @@ def test_a_folder_that_vllm_could_not_serve_is_told_in_one_line(folder: Path) ->
     if shutil.which("vllm") is None:
         done = serve(folder, "--engine", "vllm")
         assert done.returncode == 2 and "vllm is not installed" in done.stderr and done.stderr.count("\n") == 1
+    (folder / "chat_template.jinja").unlink()
+    done = serve(folder, "--engine", "vllm", "--print")
+    assert done.returncode == 2 and "has no chat template" in done.stderr and done.stderr.count("\n") == 1
+    (folder / "generation_config.json").write_text("{}")
+    done = serve(folder, "--engine", "vllm", "--print")
+    assert done.returncode == 2 and "generation_config.json has no eos_token_id" in done.stderr
     (folder / "generation_config.json").unlink()
     done = serve(folder, "--engine", "vllm", "--print")
     assert done.returncode == 2 and "has no generation_config.json" in done.stderr
     done = serve(folder, "--print")
     assert done.returncode == 2 and "--print goes with --engine vllm" in done.stderr
     assert "choose mtllama or vllm" in serve(folder, "--engine", "tgi").stderr
+
+
+def test_a_folder_of_pickles_is_told_what_writes_safetensors_and_that_does(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    done = serve(folder, "--engine", "vllm", "--print")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    program, *rest = shlex.split(done.stderr.partition("write them first: ")[2])
+    assert program == "python"
+    subprocess.run([sys.executable, *rest], check=True, capture_output=True, timeout=300)
+    assert serve(folder, "--engine", "vllm", "--print").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--format", "plain"], "--format"),
+        (["--compare", "other", "--report", "report"], "--compare, --report"),
+        (["--max-batch", "16", "--max-queue", "8", "--max-seconds", "5"], "--max-batch, --max-queue, --max-seconds"),
+        (["--cache-gb", "2", "--data-dir", "data"], "--cache-gb, --data-dir"),
+    ],
+)
+def test_what_cannot_be_handed_over_is_refused_by_its_name(folder: Path, words: list[str], named: str) -> None:
+    told = CliRunner().invoke(app, ["serve", str(folder), "--engine", "vllm", "--print", *words]).exception
+    assert isinstance(told, UserError) and str(told).startswith(f"vLLM knows no {named}; leave that out")

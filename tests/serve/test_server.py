@@ -17,8 +17,10 @@ import httpx
 import openai
 import pytest
 from served import PATIENCE, SLOW, Served, run_server
+from typer.testing import CliRunner
 
 from mtllama import api
+from mtllama.cli import app
 from mtllama.data.prompt import Turn
 from mtllama.errors import UserError
 from mtllama.evaluate.endpoint import Endpoint
@@ -430,9 +432,16 @@ def test_an_empty_key_lets_nobody_in_unnoticed(engine: Engine, key: str) -> None
         start(engine, bound, api_key=key)
 
 
-def test_an_empty_host_is_not_every_address_of_the_machine() -> None:
-    with pytest.raises(UserError, match="--host is empty"):
-        bind("", 0)
+@pytest.mark.parametrize("engine", ["mtllama", "vllm"])
+def test_an_empty_host_or_key_is_told_before_anything_is_loaded(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(*words: str) -> str:
+        return str(CliRunner().invoke(app, ["serve", "/no/model", "--engine", engine, *words]).exception)
+
+    assert "--host is empty" in told("--host", "")
+    assert "the API key (--api-key, MTLLAMA_API_KEY) is empty" in told("--api-key", "")
+    monkeypatch.setenv("MTLLAMA_API_KEY", "")
+    assert "the API key (--api-key, MTLLAMA_API_KEY) is empty" in told()
+    assert "no model '/no/model'" in told("--api-key", "secret", "--port", "0")
 
 
 def test_lm_eval_gets_the_offline_numbers(served: Served) -> None:

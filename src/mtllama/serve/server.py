@@ -33,8 +33,6 @@ class Server(uvicorn.Server):
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket to serve on; `port` 0 takes a free one. Bound before a model is loaded: a port that is taken is told at once."""
-    if not host.strip():  # to a socket it would mean every address of the machine
-        raise UserError("--host is empty; 127.0.0.1 keeps the server to this machine, 0.0.0.0 lets others in")
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
