@@ -11,8 +11,10 @@ transformers, cb     `transformers serve --continuous-batching`, with blocks and
 
 `alone` is one request after the other; `together` keeps --concurrent requests under way, with other prompts: a server that remembers what it has
 read (transformers' blocks) would not have to read them. Tokens are counted from the text that came, by the
-model's own tokenizer, in the same way for all, so that a server that counts otherwise gains nothing. Time to first token runs from the start
-of a request to its first piece of text. How many of the texts are the same when the first prompts are asked again together is told, too: in bf16 they need
+model's own tokenizer, in the same way for all, so that a server that counts otherwise gains nothing. Time to first token is the client's: from
+before it connects and sends a request, once it is that request's turn, to the arrival of the first piece of text that is not empty; where a server's
+first token is no text yet, it is that of the first that is. Its p95 is the nearest rank, the smallest time that at least 95% of the requests
+need no longer than: of 16 or 32 requests the longest and the second-longest. `median_seconds` is that of whole requests. How many of the texts are the same when the first prompts are asked again together is told, too: in bf16 they need
 not be. The floor of a lone token is reading the weights once, at the rate at which this machine reads memory. A server that does not answer
 is told as such. The last line of the output is one JSON document.
 """
@@ -105,17 +107,22 @@ async def load(url: str, model: str, asked: list[str], new_tokens: int, together
         return list(found), time.perf_counter() - began
 
 
+def nearest_rank(values: list[float], share: float) -> float:
+    """The smallest of the values that at least such a share of them does not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
 def summary(found: list[Answered], seconds: float, tokenizer: Any) -> dict[str, Any]:
     if errors := [each.error for each in found if each.error]:
         raise FailedError(f"{len(errors)} of {len(found)} requests failed, such as: {errors[0]}")
     tokens = sum(len(tokenizer(each.text, add_special_tokens=False).input_ids) for each in found)
-    firsts = sorted(each.first for each in found)
+    firsts = [each.first for each in found]
     return {
         "requests": len(found),
         "tokens": tokens,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(tokens / seconds, 1),
-        "first_token_seconds": {"median": round(statistics.median(firsts), 3), "p95": round(firsts[round(0.95 * (len(firsts) - 1))], 3)},
+        "first_token_seconds": {"median": round(statistics.median(firsts), 3), "p95": round(nearest_rank(firsts, 0.95), 3)},
         "median_seconds": round(statistics.median(each.whole for each in found), 3),
     }
 

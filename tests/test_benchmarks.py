@@ -1,17 +1,24 @@
-"""The parts of `benchmarks/train.py` that judge and start runs, without a run."""
+"""The parts of the benchmarks that judge and start runs, without a run."""
 
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_benchmark", Path(__file__).parents[1] / "benchmarks" / "train.py")
+    return loaded("train")
+
+
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", BENCHMARKS / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -56,3 +63,13 @@ def test_kept_runs_of_another_allocator_are_not_taken(bench: ModuleType, tmp_pat
         return bench.Bench(tmp_path, [], [], tmp_path, str, 2, (), -1, False, environment)._kept(False)
 
     assert kept() == kept() != kept(LD_PRELOAD="libjemalloc.so.2") != kept(LD_PRELOAD="libtcmalloc.so.4")
+
+
+@pytest.mark.parametrize(("count", "rank"), [(1, 1), (16, 16), (20, 19), (32, 31), (100, 95)])
+def test_the_95th_percentile_of_waiting_is_a_nearest_rank(count: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("httpx")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    serve = loaded("serve")
+    found = [serve.Answered("", float(number), 1.0) for number in reversed(range(1, count + 1))]
+    told = serve.summary(found, 1.0, lambda text, add_special_tokens: SimpleNamespace(input_ids=[]))
+    assert told["first_token_seconds"]["p95"] == rank
