@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ LR = 1e-6
 """Adam's first steps go by the signs of gradients alone: at a usual rate, rounding of those near zero would soon show in the losses."""
 LIMIT = 3600.0
 """Seconds after which a run of a few steps is given up."""
+RANKS = 2
+"""Processes that are compared with one."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,20 @@ class Finding:
     ways: str
     """What was compared."""
     num_steps: int
-    loss: float
-    """Largest difference of a loss: of a step or, within it, of a task (nat a target token)."""
-    norm: float
+    loss: float | None
+    """Largest difference of a loss: of a step or, within it, of a task (nat a target token); None where there are no figures."""
+    norm: float | None
     """Largest relative difference of a step's gradient norm."""
     weight: float | None
     """Largest difference of a weight at the end, where they must be the same."""
-    holds: bool
+    holds: bool | None
+    """None: there is nothing to compare."""
+    why: str = ""
+    """Why there are no figures."""
 
 
-def verify(recipe: Recipe, what: Sequence[str] = WHAT, *, steps: int = STEPS) -> list[Finding]:
-    """Compare ways to do the first `steps` steps of a recipe that must come to the same.
+def verify(recipe: Recipe, what: Sequence[str] = WHAT, *, steps: int = STEPS) -> Iterator[Finding]:
+    """Compare ways to do the first `steps` steps of a recipe that must come to the same; each finding comes as soon as it is made.
 
     packing: examples one behind the other, against each in a pass of its own. accumulation: one pass a step, against several.
     resume: killed with SIGKILL after a checkpoint and started again, against in one go. ranks: two processes, against one.
@@ -86,26 +91,38 @@ def verify(recipe: Recipe, what: Sequence[str] = WHAT, *, steps: int = STEPS) ->
         one = replace(one, lora=replace(one.lora, merge=True))
     if recipe.lora and recipe.lora.dropout:
         raise UserError("lora.dropout drops others in every way to pack; verify with lora.dropout=0")
-    found = []
+    return _findings(one, what)
+
+
+def _findings(one: Recipe, what: Sequence[str]) -> Iterator[Finding]:
+    work = one.out.parent
     with folders.explained(work), folders.locked(work, (folders.LOCK,)):
         try:
             for left in work.iterdir():  # by a run that was killed
                 if left.is_dir():
                     shutil.rmtree(left)
-            with progress("verify", 1 + len(what)) as advance:
-                _run(one)
-                advance(note="one pass a step,")
-                for each in what:
-                    found.append(_compare(each, one))
-                    advance(note=f"{each},")
+            for number, each in enumerate(("one pass a step", *what)):
+                # No bar stands while a finding is looked at: what is printed beside one goes to standard error.
+                with progress("verify", 1 + len(what), done=number) as advance:
+                    advance(0, note=f"{each},")
+                    if not number:
+                        _run(one)
+                        continue
+                    try:
+                        found = _compare(each, one)
+                    except UserError as error:
+                        found = Finding(each, "", one.train.num_steps, None, None, None, holds=False, why=str(error))
+                yield found
         finally:
             folders.remove(work)
-    return found
 
 
 def _compare(what: str, one: Recipe) -> Finding:
     work = one.out.parent
     other = replace(one, out=work / what)
+    if what in ("packing", "accumulation") and one.train.batch_size == 1:
+        why = "a step has one example (train.batch_size=1)"
+        return Finding(what, "", one.train.num_steps, None, None, None, holds=None, why=why)
     if what == "packing":
         other = replace(other, train=replace(one.train, tokens_per_pass=1))
         ways = f"all {one.train.batch_size} examples of a step behind each other, and each alone"
@@ -121,7 +138,12 @@ def _compare(what: str, one: Recipe) -> Finding:
         _run_killed(other)
     else:
         ways = "one process, and two with sharded weights"
-        _run(replace(other, parallel=replace(one.parallel, strategy="fsdp")), ranks=2)
+        gpus = torch.cuda.device_count()
+        if on_cpu := 0 < gpus < RANKS:
+            ways += f", all on the CPU: this machine has {gpus} GPU"
+            one = replace(one, out=work / "one on the CPU")
+            _run(one, on_cpu=True)
+        _run(replace(other, parallel=replace(one.parallel, strategy="fsdp")), RANKS, on_cpu=on_cpu)
     loss, norm = _differences(_lines(one), _lines(other))
     weight = _largest_difference(one.out, other.out) if what == "resume" else None
     # On a GPU, sums of gradients may be added up in another order from run to run.
@@ -138,9 +160,15 @@ def _command(recipe: Recipe, ranks: int) -> list[str]:
     return [sys.executable, *launch, "-m", "mtllama", "train", "run", str(settings)]
 
 
-def _run(recipe: Recipe, ranks: int = 1) -> None:
+def _run(recipe: Recipe, ranks: int = 1, *, on_cpu: bool = False) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks)))}
-    done = subprocess.run(_command(recipe, ranks), capture_output=True, text=True, check=False, timeout=LIMIT, env=environment)
+    if on_cpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = _command(recipe, ranks)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT, env=environment)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"a run to compare with was not done after {LIMIT:.0f} s; verify with fewer --steps, or a smaller model") from error
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()]
         why = next((line for line in last if line.startswith("mtllama: ")), last[-1] if last else f"status {done.returncode}")
@@ -152,7 +180,8 @@ def _run_killed(recipe: Recipe) -> None:
     checkpoints = recipe.beside("partial") / "checkpoints"
     for _ in range(TRIES):
         process = subprocess.Popen(_command(recipe, 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not any(checkpoints.glob("step-*")):
+        began = time.monotonic()
+        while process.poll() is None and not any(checkpoints.glob("step-*")) and time.monotonic() - began < LIMIT:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         if process.wait() == -signal.SIGKILL and any(checkpoints.glob("step-*")):
