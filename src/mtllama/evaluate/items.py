@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mtllama.errors import UserError
+from mtllama.errors import MissingDataError, UserError
 from mtllama.evaluate import protocols, suites
 from mtllama.tasks.catalog import ANSWER_TOKENS, SAMPLER, Rows, Task, data_folder, find_tasks, load_rows
 from mtllama.tasks.template import Template
@@ -113,7 +113,7 @@ def load_items(config: EvalConfig) -> tuple[list[TaskItems], dict[str, str]]:
         suites.promptsource_folder(config.asked_templates)
     find_tasks(config.tasks)
     folder = data_folder(config.data_dir if config.data_dir is not None else Path(SAMPLER) if config.suite == SAMPLER else None)
-    found, missing = [], {}
+    found, missing, damaged = [], dict[str, str](), list[str]()
     for task in suites.suite_tasks(config.suite, config.tasks):
         templates = suites.pick_templates(config.asked_templates, task)
         if not templates:
@@ -126,8 +126,10 @@ def load_items(config: EvalConfig) -> tuple[list[TaskItems], dict[str, str]]:
             if config.tasks:
                 raise
             missing[task.name] = str(error)
-    if not found:
-        raise UserError(f"no task of the suite {config.suite} can be measured: {next(iter(missing.values()))}")
+            if not isinstance(error, MissingDataError):
+                damaged.append(str(error))
+    if not found:  # a file that is there and cannot be used says more than those that are not there
+        raise UserError(f"no task of the suite {config.suite} can be measured: {next(iter([*damaged, *missing.values()]))}")
     return found, missing
 
 
