@@ -143,7 +143,7 @@ def test_a_prompt_that_was_cut_is_scored_and_continued_and_one_that_was_not_is_a
         for mine, reference in zip(one, other, strict=True):
             assert mine == pytest.approx(reference, abs=1e-4)
     prompts = [remote.encoder.prompt_ids("word " * 400, room=8)[0]]
-    assert remote.generate(prompts, max_new_tokens=8) == engine.generate(prompts, max_new_tokens=8)
+    assert [said.text for said in remote.answer(prompts, max_new_tokens=8)] == engine.generate(prompts, max_new_tokens=8)
 
 
 def test_what_cannot_be_had_is_told_in_one_line(server: Server, pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_what_cannot_be_had_is_told_in_one_line(server: Server, pico: Path, monk
     server.fail, server.echoes = {}, False
     with pytest.raises(UserError, match="so it cannot rank; pass --protocol generate"):
         remote.score(item)
-    assert len(remote.generate([[1, 2, 3]])) == 1
+    assert len(remote.answer([[1, 2, 3]])) == 1
     server.models = ["one", "two"]
     with pytest.raises(UserError, match="serves one, two; choose one with --served-model"):
         Endpoint(server.url, source)

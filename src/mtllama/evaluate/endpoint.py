@@ -101,17 +101,6 @@ class Endpoint:
             )
         return [float(value) for value in given[len(prompt) : len(prompt) + len(answer)]]
 
-    def generate(
-        self,
-        prompts: Sequence[list[int]],
-        *,
-        max_new_tokens: int = 64,
-        stop: Sequence[str] = ("\n",),
-        advance: Callable[[int], None] = lambda n: None,
-    ) -> list[str]:
-        """As `Engine.generate`: greedy, cut before the first stop string behind the first word."""
-        return [said.text for said in self.answer(prompts, max_new_tokens=max_new_tokens, stop=stop, advance=advance)]
-
     def answer(
         self,
         prompts: Sequence[list[int]],
@@ -120,7 +109,7 @@ class Endpoint:
         stop: Sequence[str] = ("\n",),
         advance: Callable[[int], None] = lambda n: None,
     ) -> list[Said]:
-        """As `Engine.answer`."""
+        """As `Engine.answer`: greedy, cut before the first stop string behind the first word."""
 
         def said(prompt: list[int]) -> Said:
             # Stop strings are looked for here: a server would stop at one before the first word, too.
