@@ -203,11 +203,6 @@ def _claim(work: Path, recipe: Recipe, mixture: Mixture, *, overwrite: bool) -> 
             raise UserError(f"{work} holds an unfinished run of another recipe; remove it, or choose another out")
         before = folders.read_json(work / DATA) if (work / DATA).is_file() else data
         if changed := sorted(name for name in {*before, *data} if before.get(name) != data.get(name)):
-            if not all(isinstance(mark, str) for mark in before.values()):
-                raise UserError(
-                    f"{work} was begun by an older version, which kept no more of its data than sizes, so that it cannot be told whether they "
-                    "are the same; remove the folder to begin anew, or choose another out"
-                )
             then, now = (marks.get(changed[0], "none of it") for marks in (before, data))
             raise UserError(
                 f"{work}: the data of {changed[0]} is not what the run began with ({then} then, {now} now); "
