@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from mtllama.model.fused import fuse
+from mtllama.model import fused
+from mtllama.model.fused import fuse, fuse_tables
 
 KINDS = (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 NORMS = {Qwen3Config: 4 * 2 + 1}
@@ -97,3 +98,76 @@ def test_units_with_another_activation_are_left_as_they_are() -> None:
     model.layers[0].mlp.act_fn = torch.nn.GELU()
     fuse(model, torch.float32)
     assert "forward" not in vars(model.layers[0].mlp) and "forward" in vars(model.layers[1].mlp)
+
+
+def language_model(kind: type[PreTrainedConfig], *, tied: bool) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = kind(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=tied,
+        pad_token_id=7,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_in_place_are_those_of_autograd_and_add_up(
+    kind: type[PreTrainedConfig], tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "SLICE", 3 * 32)  # 17 slices, the last of which is smaller
+    plain = language_model(kind, tied=tied)
+    model = copy.deepcopy(plain)
+    fuse_tables(model, torch.float32)
+    assert ("forward" in vars(model.get_input_embeddings())) and ("forward" in vars(model.get_output_embeddings()))
+    ids = torch.randint(0, 49, (2, 9), generator=torch.Generator().manual_seed(3))
+    ids[:, 4] = 7  # whose row is not trained by being looked up: the model has it for padding
+    for each in (model, plain):
+        for number in range(2):  # the second pass adds to the first
+            logits = each(input_ids=ids + number, use_cache=False).logits
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+    assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    ours, theirs = dict(model.named_parameters()), dict(plain.named_parameters())
+    assert ours.keys() == theirs.keys() and ("lm_head.weight" in ours) is not tied
+    for name in ours:
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
+    looked_up = ours["model.embed_tokens.weight"].grad
+    assert looked_up is not None and (tied or not looked_up[7].any()) and looked_up[ids[0, 0]].any()
+
+
+def test_a_head_in_bfloat16_is_as_near_to_the_truth_as_autocast_is() -> None:
+    exact = language_model(LlamaConfig, tied=True)
+    plain, model = copy.deepcopy(exact), copy.deepcopy(exact)
+    fuse_tables(model, torch.bfloat16)
+    x = torch.randn(40, 32)
+    errors = []
+    truth = None
+    for each in (exact, plain, model):
+        rows = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=each is not exact):
+            logits = each.get_output_embeddings()(rows)
+        assert logits.dtype == (torch.float32 if each is exact else torch.bfloat16)
+        torch.nn.functional.cross_entropy(logits.float(), torch.arange(40)).backward()
+        weight = each.get_output_embeddings().weight
+        assert rows.grad is not None and rows.grad.dtype == weight.grad.dtype == torch.float32
+        found = [logits.detach().float(), rows.grad, weight.grad]
+        truth = truth or found
+        errors.append([float((mine - other).norm() / other.norm()) for mine, other in zip(found, truth, strict=True)])
+    assert all(theirs > 1e-4 for theirs in errors[1])
+    assert all(ours <= 1.1 * theirs for ours, theirs in zip(errors[2], errors[1], strict=True))
+
+
+def test_tables_that_are_not_trained_and_heads_of_other_kinds_are_left_as_they_are() -> None:
+    frozen = language_model(LlamaConfig, tied=True).requires_grad_(False)
+    fuse_tables(frozen, torch.float32)
+    assert not fused_modules(frozen)
+    other = language_model(LlamaConfig, tied=False)
+    other.lm_head = torch.nn.Linear(32, 50, bias=True)
+    fuse_tables(other, torch.float32)
+    assert fused_modules(other) == [other.get_input_embeddings()]

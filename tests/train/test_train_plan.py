@@ -105,10 +105,10 @@ def test_what_is_offloaded_is_taken_from_the_gpu_and_shown_as_memory_of_the_host
 
 
 def test_the_heap_of_a_cpu_grows_to_what_was_measured(smollm2: Path) -> None:
-    """7.2 and 8.1 GB were resident after 50 and 127 steps of this recipe."""
+    """8.1 and 9.7 GB were resident after 127 and 175 steps of two runs of this recipe; with an allocator that does not break up, 5.5 GB."""
     wanted = load_recipe(Path("smollm2-135m-p3"), [f"model={smollm2}", "mixture.dir=not-here", "train.dtype=bfloat16"])
     found = plans.plan(wanted, device=CPU)
-    assert found.peak == pytest.approx(7.7e9, rel=0.15) and found.memory.needed < 5e9
+    assert found.peak == pytest.approx(8.9e9, rel=0.15) and found.memory.needed == pytest.approx(5.5e9, rel=0.15)
     assert plans.plan(wanted, device=CUDA).memory.heap == 0
 
 

@@ -32,7 +32,7 @@ from mtllama.errors import UserError
 from mtllama.model import adapter
 from mtllama.model.convert import save_settings, save_tokenizer
 from mtllama.model.find import Dtype, ModelFolder, find_model
-from mtllama.model.fused import fuse
+from mtllama.model.fused import fuse, fuse_tables
 from mtllama.model.load import LoadedModel, fill, load_model, pick_dtype
 from mtllama.progress import progress, say
 from mtllama.train import lora, state
@@ -44,6 +44,9 @@ from mtllama.weights.shards import CheckpointReader, CheckpointWriter, TensorInf
 
 HEAD_ROWS = 256
 """Target rows whose logits are held at a time: there may be as many as a pass has tokens, and a row is a vocabulary long."""
+KEPT_GRADIENT = 2**23
+"""Elements from which on a CPU a gradient is kept over the steps: so large ones never stay in the heap, and what comes anew from the
+system costs ten times what it costs to fill it with zeros."""
 COMPILED = "mtllama_segments_compiled"
 """Segment attention within compiled layers: it is given the batch, since they would be compiled anew for every length of a list."""
 HOW = ("activation_checkpointing", "compile", "tokens_per_pass", "save_every", "keep", "tensorboard")
@@ -86,6 +89,7 @@ class Objective(torch.nn.Module):
         super().__init__()
         self.model, self.compute = model, compute
         fuse(model.get_decoder(), compute)
+        fuse_tables(model, compute)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """As `target_losses`, with matrix products in the compute dtype."""
@@ -282,11 +286,11 @@ def _steps(
             num_targets = sum(each.targets for each in seen)
             loss = sum(each.loss for each in seen) / num_targets if num_targets else None
             doubt = ranks.once(lambda loss=loss, norm=norm: journal.doubt(loss, norm))  # type: ignore[misc]
-            if doubt is None:
+            if doubt is None and num_targets:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(train, step)
                 optimizer.step()
-            optimizer.zero_grad()
+            _clear(trained)
             seconds = time.monotonic() - began
             for each in shares:
                 for name, count in vars(each.totals).items():
@@ -321,6 +325,15 @@ def _steps(
                 raise UserError(
                     f"interrupted after step {step + 1} of {train.num_steps}; kept in {work}: the same command goes on from there"
                 )
+
+
+def _clear(parameters: list[torch.nn.Parameter]) -> None:
+    """Forget the gradients of a step; those that would go back to the system and be taken again from it are kept, filled with zeros."""
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.device.type == "cpu" and parameter.numel() > KEPT_GRADIENT:
+            parameter.grad.zero_()
+        else:
+            parameter.grad = None
 
 
 def _draw(
