@@ -35,6 +35,7 @@ def examine() -> Iterator[Finding]:
     """Look at everything that the jobs of this package depend on."""
     yield _python()
     yield from _torch()
+    yield from _allocator()
     yield _memory()
     yield from _disk()
     yield _hub()
@@ -92,6 +93,23 @@ def _cpu_flags() -> set[str]:
     except OSError:
         return set()
     return {flag for line in text.splitlines() if line.startswith("flags") for flag in line.split()}
+
+
+def _allocator() -> Iterator[Finding]:
+    """Which one serves tensors on CPUs: with glibc's a long run of training gets slower and larger (docs/training.md)."""
+    try:
+        loaded = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:
+        return  # not Linux
+    if found := next((name for name in ("tcmalloc", "jemalloc", "mimalloc") if f"lib{name}" in loaded), None):
+        yield Finding("ok", "allocator", found)
+    elif platform.libc_ver()[0] == "glibc":
+        yield Finding(
+            "note",
+            "allocator",
+            "glibc's",
+            "for hours of training on a CPU install libtcmalloc-minimal4 and set LD_PRELOAD=libtcmalloc_minimal.so.4",
+        )
 
 
 def _memory() -> Finding:

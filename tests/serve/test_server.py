@@ -480,7 +480,6 @@ def test_an_evaluation_over_this_server_gives_the_engine_s_numbers(served: Serve
     for ours, theirs in zip(there.score(items), served.engine.score(items), strict=True):
         for mine, other in zip(ours, theirs, strict=True):
             assert mine == pytest.approx(other, abs=1e-4)
-    assert there.generate(prompts, max_new_tokens=12) == served.engine.generate(prompts, max_new_tokens=12)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
