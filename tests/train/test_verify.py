@@ -155,6 +155,7 @@ def test_one_example_a_step_leaves_nothing_to_pack_or_to_split(pico: Path, tmp_p
     assert [(each.holds, each.loss) for each in found] == [(None, None)] * 2 and all("batch_size=1" in each.why for each in found)
 
 
+@pytest.mark.soak
 def test_with_one_gpu_ranks_are_compared_on_the_cpu(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environments, run = [], subprocess.run
 
