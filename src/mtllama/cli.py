@@ -482,12 +482,12 @@ def train_plan(
     hours = f"{found.hours(speed):,.1f} at {speed:,.0f} tokens/s" if speed else "give --tokens-per-second X"
     print(f"hours           {hours}")
     print(f"memory          {found.peak / 1e9:,.2f} GB on {'each rank' if ranks > 1 else 'one process'} at the worst moment, that is")
-    for name, num in vars(found.memory).items():
+    for name, num in found.memory.parts().items():
         print(f"  {name:<14}{num / 1e9:10,.2f} GB")
     if found.memory.heap:
         print(
             f"  {found.memory.needed / 1e9:,.2f} GB is what tensors and libraries take; the heap is what glibc's allocator comes to hold beyond that in "
-            "hundreds of steps of unequal lengths, by one run that was measured (docs/scaling.md)"
+            "hundreds of steps of unequal lengths, by two runs that were measured (docs/scaling.md)"
         )
     if found.host:
         print(f"host memory     {found.host / 1e9:,.2f} GB for {'each rank' if ranks > 1 else 'the process'}: weights, gradients, moments")

@@ -13,6 +13,7 @@ import torch
 from mtllama import config as configs
 from mtllama.data.mixture import MixtureConfig
 from mtllama.errors import UserError
+from mtllama.model import attention
 from mtllama.model.find import find_model
 from mtllama.model.load import load_model
 from mtllama.train import plan as plans
@@ -47,6 +48,19 @@ def test_tokens_are_those_that_the_run_will_read(pico: Path, tmp_path: Path) -> 
     assert totals["tokens"] > 1000 and (found.tokens, found.targets) == (totals["tokens"], totals["targets"])
 
 
+def test_a_run_after_a_plan_in_one_process_is_the_same_run(pico: Path, tmp_path: Path) -> None:
+    from mtllama.train import loop
+
+    def losses(name: str) -> list[float]:
+        out = loop.run(replace(recipe(str(pico), examples=16), out=tmp_path / name))
+        return [json.loads(line)["loss"] for line in (out / loop.METRICS).read_text(encoding="utf-8").splitlines()]
+
+    plans.plan(recipe(str(pico)), device=CPU)  # its masks have no contents
+    first = losses("m")
+    attention.forget_masks()
+    assert first == losses("n") and len(first) == 2
+
+
 def test_ranks_that_shard_divide_what_they_hold(pico: Path) -> None:
     alone, four = plans.plan(recipe(str(pico)), device=CPU), plans.plan(recipe(str(pico)), ranks=4, device=CPU)
     for part in ("weights", "gradients", "moments"):
@@ -63,6 +77,13 @@ def test_less_is_kept_with_checkpointing_and_adapters_have_few_moments(pico: Pat
     adapted = plans.plan(replace(recipe(str(pico)), lora=LoraConfig(rank=4)), device=CPU)
     assert 0 < adapted.trained < usual.trained / 4 and adapted.memory.moments == 8 * adapted.trained
     assert adapted.flops < usual.flops
+
+
+def test_gradients_count_beside_activations_where_a_step_has_several_passes(pico: Path) -> None:
+    one, several = (plans.plan(recipe(str(pico), max_length=64, tokens_per_pass=tokens), device=CUDA).memory for tokens in (512, 256))
+    assert one.standing == 0 < several.standing == several.gradients and one.gradients == several.gradients
+    held = several.weights + several.moments + several.casts + several.gradients + several.activations + several.logits
+    assert several.needed == pytest.approx(held * plans.SLACK + several.libraries)
 
 
 def test_a_7b_model_is_planned_without_its_weights() -> None:
@@ -143,6 +164,8 @@ def test_the_command_prints_the_plan_as_text_and_as_json(pico: Path) -> None:
     text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert "parameters" in text and "at 100 tokens/s" in text and "GB on one process" in text
     assert "is what tensors and libraries take; the heap is" in text and "host memory" not in text
+    parts = re.findall(r"^  ([a-z]+) +[0-9.]+ GB$", text, re.M)
+    assert parts == ["weights", "gradients", "moments", "casts", "activations", "logits", "libraries", "heap"]
     found = json.loads(subprocess.run([*words, "--json"], capture_output=True, text=True, check=True).stdout)
     assert found["hours"] == pytest.approx(found["tokens"] / 360_000) and found["memory"]["weights"] == 4 * found["parameters"]
     wrong = subprocess.run([*words, "--ranks", "0"], capture_output=True, text=True, check=False)

@@ -133,6 +133,13 @@ def _above(groups: int, rows: int, keys: int, dtype: torch.dtype) -> torch.Tenso
     return torch.full((rows, keys), -torch.inf, dtype=dtype).triu_(keys - rows + 1).repeat(groups, 1)
 
 
+def forget_masks() -> None:
+    """Drop the masks that are kept. Those of a pass over tensors without contents are such tensors themselves, and a real pass that met
+    them would be given memory that nothing was written to.
+    """
+    _above.cache_clear()
+
+
 def _rows(query: torch.Tensor, key: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """Rows of all heads that share a key, one head behind the other. [kv_heads, groups * rows, dim]"""
     return query[0, :, first:last].reshape(key.shape[1], -1, query.shape[-1])

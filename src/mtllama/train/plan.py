@@ -4,6 +4,7 @@ The model is built without memory of its own (torch's fake tensors) from its con
 keeps is counted, not guessed, for every architecture that can be trained. Nothing is downloaded but config and tokenizer.
 """
 
+import contextlib
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -58,9 +59,13 @@ class Memory:
     """Logits of target rows, their probabilities and gradients."""
     libraries: float
     standing: float = 0.0
-    """The part of the gradients that is there when the largest pass begins."""
+    """How much of the gradients is there when the largest pass begins: no part of its own."""
     heap: float = 0.0
     """What the allocator of a CPU comes to hold beyond the rest, over many steps."""
+
+    def parts(self) -> dict[str, float]:
+        """Bytes by what they hold."""
+        return {name: num for name, num in vars(self).items() if name != "standing"}
 
     @property
     def needed(self) -> float:
@@ -133,8 +138,8 @@ def plan(recipe: Recipe, *, ranks: int = 1, device: torch.device | None = None) 
         rest = total - sum(parameter.numel() for parameter in layers.parameters())
         casts = 2 * matrices / len(layers) * (narrow or 4) + rest * 4 + head * narrow
     else:
-        # On a CPU a head that is trained is cast slice by slice.
-        casts = ((0 if recipe.lora else matrices) + (0 if device.type == "cpu" and not recipe.lora else head)) * narrow
+        # With adapters the base is in the compute dtype already; on a CPU a head that is trained is cast slice by slice.
+        casts = 0 if recipe.lora else (matrices + (0 if device.type == "cpu" else head)) * narrow
     frozen = (compute.itemsize if recipe.lora else 4) * (total - trained)
     rows = min(sum(example.num_target for example in largest), HEAD_ROWS)
     large = [each.numel() for each in parameters if each.requires_grad and each.numel() > KEPT_GRADIENT and device.type == "cpu"]
@@ -241,7 +246,7 @@ def _trace(recipe: Recipe, config: Any, examples: list[Encoded], compute: torch.
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from mtllama.model.attention import SEGMENTS
+    from mtllama.model.attention import SEGMENTS, forget_masks
 
     train = recipe.train
     batch = next(pack(examples, sum(len(example.ids) for example in examples)))
@@ -255,7 +260,9 @@ def _trace(recipe: Recipe, config: Any, examples: list[Encoded], compute: torch.
         )
     if recipe.lora:
         lora.add(model, recipe.lora)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with contextlib.ExitStack() as stack:
+        stack.callback(forget_masks)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         _materialize(model)
         model.train()
         full = _kept(model, batch, compute)
