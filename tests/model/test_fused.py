@@ -1,6 +1,7 @@
 """Norms and gated units as one autograd step: what transformers' own modules give, in value and in gradient."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,15 @@ NORMS = {Qwen3Config: 4 * 2 + 1}
 """Norms of two layers and the last one, where queries and keys have some too."""
 
 
-def decoder(kind: type[PreTrainedConfig]) -> torch.nn.Module:
+def language_model(kind: type[PreTrainedConfig], **settings: Any) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = kind(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).get_decoder()
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    return AutoModelForCausalLM.from_config(kind(**sizes, **heads, **settings), dtype=torch.float32)
+
+
+def decoder(kind: type[PreTrainedConfig]) -> torch.nn.Module:
+    model = language_model(kind).get_decoder()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
@@ -100,29 +104,13 @@ def test_units_with_another_activation_are_left_as_they_are() -> None:
     assert "forward" not in vars(model.layers[0].mlp) and "forward" in vars(model.layers[1].mlp)
 
 
-def language_model(kind: type[PreTrainedConfig], *, tied: bool) -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = kind(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=tied,
-        pad_token_id=7,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_in_place_are_those_of_autograd_and_add_up(
     kind: type[PreTrainedConfig], tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused, "SLICE", 3 * 32)  # 17 slices, the last of which is smaller
-    plain = language_model(kind, tied=tied)
+    plain = language_model(kind, tie_word_embeddings=tied, pad_token_id=7)
     model = copy.deepcopy(plain)
     fuse_tables(model, torch.float32)
     assert ("forward" in vars(model.get_input_embeddings())) and ("forward" in vars(model.get_output_embeddings()))
@@ -142,7 +130,7 @@ def test_gradients_in_place_are_those_of_autograd_and_add_up(
 
 
 def test_a_head_in_bfloat16_is_as_near_to_the_truth_as_autocast_is() -> None:
-    exact = language_model(LlamaConfig, tied=True)
+    exact = language_model(LlamaConfig, tie_word_embeddings=True)
     plain, model = copy.deepcopy(exact), copy.deepcopy(exact)
     fuse_tables(model, torch.bfloat16)
     x = torch.randn(40, 32)
@@ -164,10 +152,10 @@ def test_a_head_in_bfloat16_is_as_near_to_the_truth_as_autocast_is() -> None:
 
 
 def test_tables_that_are_not_trained_and_heads_of_other_kinds_are_left_as_they_are() -> None:
-    frozen = language_model(LlamaConfig, tied=True).requires_grad_(False)
+    frozen = language_model(LlamaConfig, tie_word_embeddings=True).requires_grad_(False)
     fuse_tables(frozen, torch.float32)
     assert not fused_modules(frozen)
-    other = language_model(LlamaConfig, tied=False)
+    other = language_model(LlamaConfig, tie_word_embeddings=False)
     other.lm_head = torch.nn.Linear(32, 50, bias=True)
     fuse_tables(other, torch.float32)
     assert fused_modules(other) == [other.get_input_embeddings()]

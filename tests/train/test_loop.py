@@ -525,6 +525,22 @@ def test_an_answer_that_is_too_long_is_counted_and_never_trained_on_as_nothing(
     assert all(line["targets"] > 0 for line in metrics(out))
 
 
+def test_gradients_that_are_kept_over_the_steps_change_nothing_and_steps_without_targets_move_nothing(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = replace(recipe(pico, tmp_path / "m", max_length=24, examples=32, batch_size=1, weight_decay=0.1), save_dtype="float32")
+    usual = loop.run(wanted)
+    assert {line["targets"] == (before["targets"] if before else 0) for before, line in itertools.pairwise([None, *metrics(usual)])} == {
+        True,
+        False,
+    }
+    monkeypatch.setattr(loop, "KEPT_GRADIENT", 0)
+    kept = loop.run(replace(wanted, out=tmp_path / "n"))
+    assert [line["loss"] for line in metrics(kept)] == [line["loss"] for line in metrics(usual)]
+    for name, value in weights(kept).items():
+        assert torch.equal(value, weights(usual)[name]), name
+
+
 def test_the_learning_rate_warms_up_and_ends_near_zero() -> None:
     train = TrainConfig(examples=1000, batch_size=10, lr=1.0, warmup_ratio=0.1)
     rates = [loop.learning_rate(train, step) for step in range(train.num_steps)]
