@@ -90,6 +90,16 @@ def test_an_unfinished_export_of_another_kind_is_refused(tmp_path: Path, mixture
     assert export(mixture, FORMAT, ExportConfig(10), tmp_path / "out", overwrite=True).is_dir()
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_somebody_else_beside_the_output_is_left_alone(tmp_path: Path, mixture: Mixture, overwrite: bool) -> None:
+    theirs = tmp_path / "out.partial" / "thesis.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("three years of work")
+    with pytest.raises(UserError, match="holds other files"):
+        export(mixture, FORMAT, ExportConfig(10), tmp_path / "out", overwrite=overwrite)
+    assert theirs.read_text() == "three years of work" and not (tmp_path / "out").exists()
+
+
 def test_the_manifest_names_every_file_with_its_hash_and_counts(tmp_path: Path, mixture: Mixture) -> None:
     out = export(mixture, FORMAT, ExportConfig(40, "parquet", 16), tmp_path / "out")
     manifest = json.loads((out / "mtllama.json").read_text())

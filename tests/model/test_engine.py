@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from mtllama.data.prompt import find_format
 from mtllama.model import engine as engine_module
-from mtllama.model.engine import Branches, Engine, Scored
+from mtllama.model.engine import Branches, BrokenLogitsError, Engine, Scored
 from mtllama.model.find import ModelFolder, find_model
 from mtllama.model.generation import Settings
 from mtllama.model.load import LoadedModel, load_model
@@ -316,6 +316,23 @@ def test_text_ends_before_the_first_stop_string(
         assert bpe_engine.generate([prompt, prompt], max_new_tokens=max_new_tokens, stop=stop) == [heard, heard]
         pieces = list(bpe_engine.stream(prompt, Settings(max_new_tokens=max_new_tokens, stop=stop, strip=True)))
         assert "".join(pieces).rstrip() == heard
+
+
+def test_logits_that_are_no_numbers_are_not_taken_for_a_token(bpe_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = bpe_engine.step
+
+    def no_numbers(*args: Any) -> torch.Tensor:
+        logits = step(*args)
+        logits[0, 3] = torch.nan
+        return logits
+
+    monkeypatch.setattr(bpe_engine, "ends", frozenset())
+    assert len(bpe_engine.continue_ids([[5, 6]], max_new_tokens=3)[0]) == 3
+    monkeypatch.setattr(bpe_engine, "step", no_numbers)
+    with pytest.raises(BrokenLogitsError, match="no numbers"):
+        bpe_engine.continue_ids([[5, 6]], max_new_tokens=3)
+    with pytest.raises(BrokenLogitsError, match="no numbers"):
+        list(bpe_engine.stream([5, 6], Settings(max_new_tokens=3)))
 
 
 def test_a_stop_string_split_over_tokens_ends_the_text_at_once(bpe_engine: Engine, force: Force, monkeypatch: pytest.MonkeyPatch) -> None:

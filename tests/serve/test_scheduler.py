@@ -1,15 +1,17 @@
 """Requests that run together get what each would get alone; one that goes wrong, is cancelled or late harms no other."""
 
+import math
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from mtllama.model.engine import Branches, Engine
+from mtllama.model.engine import Branches, BrokenLogitsError, Engine
 from mtllama.model.generation import Settings
 from mtllama.model.packed import Cache
 from mtllama.serve.scheduler import PASSES, WIDTH_STEP, BusyError, ClosedError, Limits, Scheduler, Update
@@ -349,8 +351,9 @@ def test_whoever_stops_waiting_at_any_moment_does_no_harm(engine: Engine, schedu
     assert running.score([Branches([5, 6], [[7]])])[1].result(PATIENCE) and running.alive
 
 
-def test_what_cannot_be_drawn_from_and_memory_that_is_not_there_fail_alone(
-    engine: Engine, scheduler: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_and_memory_that_is_not_there_fail_alone(
+    engine: Engine, scheduler: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
     running, ears = scheduler(), [Ear(2), Ear()]
     begin = engine.begin
@@ -361,9 +364,9 @@ def test_what_cannot_be_drawn_from_and_memory_that_is_not_there_fail_alone(
         return logits
 
     monkeypatch.setattr(engine, "begin", no_numbers)
-    running.generate([[5], [6]], [Settings(20, temperature=1.0)] * 2, ears[0])
+    running.generate([[5], [6]], [Settings(20, temperature=temperature)] * 2, ears[0])
     ears[0].wait()
-    assert ears[0].updates[0][-1].reason and isinstance(ears[0].updates[1][-1].error, RuntimeError)
+    assert ears[0].updates[0][-1].reason and isinstance(ears[0].updates[1][-1].error, BrokenLogitsError)
     monkeypatch.setattr(Cache, "resized", no_memory)
     deadline = time.monotonic() + PATIENCE
     while running._cache is not None:  # an idle server gives its cache back, and the next request needs a new one
@@ -375,6 +378,26 @@ def test_what_cannot_be_drawn_from_and_memory_that_is_not_there_fail_alone(
     after = Ear()
     running.generate([[5]], [Settings(20)], after)
     assert after.wait().tokens() == engine.continue_ids([[5]], max_new_tokens=20)[0]
+
+
+def test_scores_that_are_no_numbers_fail_alone(
+    engine: Engine, scheduler: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = engine.judge
+
+    def no_numbers(items: list[Branches], **how: Any) -> Any:
+        found = judge(items, **how)
+        return [
+            [replace(answer, log_probs=[math.nan]) if item.prompt == [6] else answer for answer in each]
+            for item, each in zip(items, found, strict=True)
+        ]
+
+    monkeypatch.setattr(engine, "judge", no_numbers)
+    running = scheduler()
+    futures = [running.score([Branches([prompt], [[7]])])[1] for prompt in (5, 6, 8)]
+    with pytest.raises(BrokenLogitsError, match="no numbers"):
+        futures[1].result(PATIENCE)
+    assert futures[0].result(PATIENCE) and futures[2].result(PATIENCE)
 
 
 def no_memory(cache: Cache, slots: int, width: int) -> Cache:

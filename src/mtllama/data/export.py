@@ -69,7 +69,7 @@ def export(mixture: Mixture, format: Format, settings: ExportConfig, out: Path, 
     for remark in mixture.remarks():
         say(f"mixture: {remark}")
     work = out.with_name(out.name + ".partial")
-    with folders.explained(work):
+    with folders.explained(work), folders.locked(work, (SETTINGS, folders.LOCK)):
         kind = {"mixture": config.to_dict(mixture.config), "format": format.name, **config.to_dict(settings), "data": mixture.data()}
         _claim(work, kind, overwrite=overwrite)
         missing = [(name, indices) for name, indices in settings.shards if not (work / f"{name}.json").is_file()]
@@ -93,8 +93,9 @@ def _claim(work: Path, wanted: dict[str, Any], *, overwrite: bool) -> None:
                 f"{work} holds an unfinished export of another kind, or of other data; remove it, pass --overwrite, or choose another --out"
             )
         return
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    for file in work.iterdir():
+        if file.name != folders.LOCK:
+            file.unlink()
     folders.write_json(work / SETTINGS, wanted)
 
 
@@ -223,7 +224,7 @@ def _finish(mixture: Mixture, format: Format, settings: ExportConfig, work: Path
             files=shards,
             remarks=mixture.remarks(),
         )
-    shutil.rmtree(work)
+    folders.remove(work)
     return out
 
 

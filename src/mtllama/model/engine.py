@@ -298,10 +298,8 @@ class Engine:
             else:
                 new = taken
                 logits = self.step([row.new[-1] for row in taken], cache)
-            likeliest = logits.argmax(-1)  # NaN is larger than any number to it
-            broken = logits.gather(-1, likeliest[:, None])[:, 0].isnan().tolist()
-            for row, token, nan in zip(new, likeliest.tolist(), broken, strict=True):
-                if nan:
+            for row, token in zip(new, self.likeliest(logits), strict=True):
+                if token is None:
                     raise BrokenLogitsError(self.loaded.source.name, row.number)
                 row.new.append(token)
             done = 0
@@ -333,6 +331,11 @@ class Engine:
         logits: torch.Tensor = self.head(self._hidden(tokens, Step(cache, self.device)))
         return logits
 
+    def likeliest(self, logits: torch.Tensor) -> list[int | None]:
+        """The likeliest token by each row of logits [rows, vocab]; None where some of the row are no numbers (NaN)."""
+        values, tokens = logits.max(-1)  # NaN is larger than any number to it
+        return [None if nan else token for token, nan in zip(tokens.tolist(), values.isnan().tolist(), strict=True)]
+
     def _stopped(self, new: list[int], stop: Sequence[str]) -> bool:
         text = self.tokenizer.decode(new, skip_special_tokens=True).lstrip() if stop else ""
         return any(s in text for s in stop)
@@ -351,8 +354,11 @@ class Engine:
         generation = self.generation(prompt, settings)
         cache = Cache(1, len(prompt) + settings.max_new_tokens)
         while generation.reason is None:
-            logits = (self.step(generation.ids[-1:], cache) if generation.ids else self.begin([prompt], cache))[0]
-            if piece := generation.take(logits, int(logits.argmax())):
+            logits = self.step(generation.ids[-1:], cache) if generation.ids else self.begin([prompt], cache)  # [1, vocab]
+            (token,) = self.likeliest(logits)
+            if token is None:
+                raise BrokenLogitsError(self.loaded.source.name, 0)
+            if piece := generation.take(logits[0], token):
                 yield piece
 
     def _whole(self, ids: list[int]) -> str:

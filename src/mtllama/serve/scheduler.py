@@ -4,6 +4,7 @@ Every round reads what is to be scored (up to a pass), then the prompts of new r
 and then goes on by one token in all that run. A request that is done, cancelled or out of time leaves its slot at once.
 """
 
+import math
 import queue
 import threading
 import time
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mtllama.model.engine import TOKENS_PER_PASS, Branches, Engine, Scored
+from mtllama.model.engine import TOKENS_PER_PASS, Branches, BrokenLogitsError, Engine, Scored
 from mtllama.model.generation import Generation, Reason, Settings, TokenLogprob
 from mtllama.model.packed import Cache
 from mtllama.progress import say
@@ -357,6 +358,9 @@ class Scheduler:
     def _score(self, units: list[tuple[_Scoring, int]]) -> None:
         try:
             results = self.engine.judge([scoring.items[i] for scoring, i in units], top=max(scoring.top for scoring, _ in units))
+            for number, result in enumerate(results):
+                if not all(math.isfinite(value) for answer in result for value in answer.log_probs):
+                    raise BrokenLogitsError(self.engine.loaded.source.name, number)
         except Exception as error:
             if len({id(scoring) for scoring, _ in units}) > 1:  # one of them is at fault: each by itself
                 for scoring in dict.fromkeys(scoring for scoring, _ in units):
@@ -405,12 +409,15 @@ class Scheduler:
 
     def _go_on(self, first: int, logits: torch.Tensor) -> None:
         """Give the sequences from slot `first` on their next token. logits: [sequences, vocab]"""
-        likeliest = logits.argmax(-1).tolist()
+        likeliest = self.engine.likeliest(logits)
         for slot in reversed(range(first, len(self._running))):  # from behind: those that move have been looked at
             sequence = self._running[slot]
+            token = likeliest[slot - first]
             try:
-                text = sequence.generation.take(logits[slot - first], likeliest[slot - first])
-            except Exception as error:  # nothing can be drawn from what is no number
+                if token is None:
+                    raise BrokenLogitsError(self.engine.loaded.source.name, sequence.index)
+                text = sequence.generation.take(logits[slot - first], token)
+            except Exception as error:
                 self._failed([sequence], error)
                 self._leave(slot)
                 continue
