@@ -1,6 +1,6 @@
-"""Serving beside `transformers serve`: total tokens a second of one request after the other and of many at once, and time to first token.
+"""Serving beside `transformers serve` and llama.cpp's server: total tokens a second of one request after the other and of many at once, and time to first token.
 
-    python benchmarks/serve.py [--model smollm2-135m] [--requests 32] [--concurrent 16] [--new-tokens 64] [--out FILE]
+    python benchmarks/serve.py [--model smollm2-135m] [--requests 32] [--concurrent 16] [--new-tokens 64] [--llama PEER/bin/python] [--out FILE]
 
 Every server runs in a process of its own, one at a time, on the same folder, in the same dtype (bf16 where the processor multiplies it, else
 float32), on a loopback port, and is asked over HTTP the same prompts of the embedded data through `/v1/completions`, greedy and streamed:
@@ -8,6 +8,11 @@ float32), on a loopback port, and is asked over HTTP the same prompts of the emb
 mtllama              `mtllama serve`
 transformers         `transformers serve` with its defaults: one request after the other
 transformers, cb     `transformers serve --continuous-batching`, with blocks and tokens a batch given, since it has no defaults for a CPU
+llama.cpp, f16       llama.cpp's own server out of the package xllamacpp (`serve_peer.py`), with as many slots as --concurrent; the same weights in
+                     float16, written here from the GGUF that the model came from. The package's wheels are built for AVX2: without AVX-512 and AMX
+llama.cpp, Q4_1      the same server on that GGUF as it is: the same weights in four bits, which is how its users would serve them
+
+The last two need `--llama`, the Python of an environment with xllamacpp, and the model smollm2-135m: it is the one with a GGUF.
 
 `alone` is one request after the other; `together` keeps --concurrent requests under way, with other prompts: a server that remembers what it has
 read (transformers' blocks) would not have to read them. Tokens are counted from the text that came, by the
@@ -174,6 +179,26 @@ def measured(
             process.wait()
 
 
+def write_f16(gguf_file: Path, out: Path) -> None:
+    """The same GGUF with every matrix in float16."""
+    import gguf
+    import numpy as np
+
+    reader = gguf.GGUFReader(gguf_file)
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for name, entry in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            writer.add_key_value(name, entry.contents(), entry.types[0], entry.types[1] if len(entry.types) > 1 else None)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    for tensor in reader.tensors:
+        weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, weight.astype(np.float32 if weight.ndim == 1 else np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def read_rate() -> float:
     """Bytes a second that a product of a matrix with one row reads, the best of some."""
     import torch
@@ -194,9 +219,11 @@ def main() -> None:
     parser.add_argument("--concurrent", type=int, default=16, metavar="N")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--only", action="append", metavar="NAME", help="this server only; may be repeated")
+    parser.add_argument("--llama", metavar="PYTHON", help="of an environment with xllamacpp")
     parser.add_argument("--out", type=Path, metavar="FILE")
     options = parser.parse_args()
 
+    from mtllama.model.convert import NAME, find_gguf
     from mtllama.model.find import find_model, load_tokenizer
     from mtllama.model.load import cpu_has_bf16
     from mtllama.weights.shards import CheckpointReader
@@ -224,6 +251,14 @@ def main() -> None:
         "transformers": (theirs, str(folder)),
         "transformers, cb": ([*theirs, *paged], str(folder)),
     }
+    work = Path(os.environ.get("TMPDIR", "/tmp"))
+    if options.llama:
+        original, half = find_gguf(), work / "mtllama-bench-f16.gguf"
+        if options.model != NAME or original is None:
+            parser.error(f"--llama needs the model {NAME} and the package that it comes from")
+        write_f16(original, half)
+        peer = [options.llama, str(Path(__file__).with_name("serve_peer.py")), "--slots", str(options.concurrent)]
+        servers |= {"llama.cpp, f16": ([*peer, str(half)], str(half)), "llama.cpp, Q4_1": ([*peer, str(original)], str(original))}
     result: dict[str, Any] = {
         "benchmark": "serve",
         "hardware": hardware(),
@@ -241,8 +276,12 @@ def main() -> None:
     }
     for name, (argv, model) in servers.items():
         if not options.only or name in options.only:
-            log = Path(os.environ.get("TMPDIR", "/tmp")) / f"mtllama-bench-{name.replace(', ', '-')}.log"
+            log = work / f"mtllama-bench-{name.replace(', ', '-')}.log"
             result["results"][name] = measured(name, argv, model, asked, options, tokenizer, log)
+    if options.llama:
+        half.unlink()
+        said = (work / "mtllama-bench-llama.cpp-f16.log").read_text(errors="replace")
+        result["versions"]["xllamacpp"] = next((line.split()[1] for line in said.splitlines() if line.startswith("xllamacpp ")), None)
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
