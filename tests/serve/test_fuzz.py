@@ -39,6 +39,8 @@ def fuzz(served: Served, mode: GenerationMode, wanted: int) -> int:
             response = case.call()
             answers[response.status_code] = answers.get(response.status_code, 0) + 1
             assert response.status_code < 500, (case.as_curl_command(), response.text[:300])
+            # An error in a stream comes behind a status of 200.
+            assert '"type": "server_error"' not in response.text, (case.as_curl_command(), response.text[-300:])
             if response.status_code >= 400:
                 assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 

@@ -42,6 +42,13 @@ def test_the_line_is_printed_and_names_everything_that_training_left(folder: Pat
     }  # fmt: skip
 
 
+def test_stop_strings_that_vllm_would_not_read_are_told(folder: Path) -> None:
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"stop_strings": ["\n"]}))
+    done = serve(folder, "--engine", "vllm", "--print")
+    assert done.returncode == 0 and shlex.split(done.stdout)[0] == "vllm" and '"stop": ["\\n"]' in done.stderr
+
+
 def test_a_vllm_that_is_installed_takes_over_and_finds_the_key_in_its_environment(folder: Path, tmp_path: Path) -> None:
     program = tmp_path / "bin" / "vllm"
     program.parent.mkdir()

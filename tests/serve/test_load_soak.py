@@ -71,12 +71,16 @@ def _client(url: str, seed: int, stop: threading.Event, counts: dict[Any, int]) 
             outcome: Any
             if body.get("stream") and chance.random() < 0.3:
                 with client.stream("POST", url + path, json=body) as answer:
-                    for _ in answer.iter_lines():
+                    outcome = answer.status_code
+                    for line in answer.iter_lines():
+                        if '"type": "server_error"' in line:
+                            outcome = 500
                         if chance.random() < 0.2:
+                            outcome = "gone" if outcome == 200 else outcome
                             break
-                outcome = "gone"
             else:
-                outcome = client.post(url + path, json=body).status_code
+                answer = client.post(url + path, json=body)
+                outcome = 500 if '"type": "server_error"' in answer.text and answer.status_code == 200 else answer.status_code
             counts[outcome] = counts.get(outcome, 0) + 1
 
 

@@ -208,7 +208,7 @@ def test_the_page_takes_no_files(paged: Served) -> None:
     for path in ("/gradio_api/upload", "/gradio_api/upload?upload_id=x", "/gradio_api/upload/", "//gradio_api/upload", "/upload"):
         answer = httpx.post(f"{paged.url}{path}", files={"files": ("x.bin", b"x" * 1000)}, follow_redirects=True)
         assert answer.status_code in (403, 404, 405), path
-    assert "takes no files" in httpx.post(f"{paged.url}/gradio_api/upload", files={"files": ("x", b"x")}).json()["error"]["message"]
+    assert "has no files" in httpx.post(f"{paged.url}/gradio_api/upload", files={"files": ("x", b"x")}).json()["error"]["message"]
 
 
 def test_the_page_serves_no_file_but_its_own(paged: Served) -> None:
@@ -216,11 +216,39 @@ def test_the_page_serves_no_file_but_its_own(paged: Served) -> None:
     for path in (
         "/file=/etc/hosts",
         "/gradio_api/file=/etc/hosts",
+        "//gradio_api//file=/etc/hosts",
+        "/gradio_api/file/etc/hosts",
+        f"/gradio_api/file={paged.url}/health",
+        f"/gradio_api/proxy={paged.url}/health",
         "/report-files/../../etc/hosts",
         "/report-files/%2e%2e/%2e%2e/etc/hosts",
     ):
         answer = httpx.get(f"{paged.url}{path}")
         assert answer.status_code in (403, 404) and "localhost" not in answer.text
+
+
+def test_a_path_in_a_message_is_not_read(paged: Served, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("swordfish")
+    file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    names = [each for each in httpx.get(f"{paged.url}/gradio_api/info").json()["named_endpoints"]]
+    asked = 0
+    for turns in ([{"role": "assistant", "content": [{"type": "file", "file": file}]}], [{"role": "user", "content": file}], file, [file]):
+        for name in ("/said", *names):
+            for data in (["x", turns], [turns, "x"], [turns]):
+                answer = httpx.post(f"{paged.url}/gradio_api/run{name}", json={"data": data}, timeout=60)
+                asked += 1
+                assert "swordfish" not in answer.text
+                for path in re.findall(r'"path": ?"([^"]+)"', answer.text):
+                    assert path == str(secret) or not Path(path).exists(), f"{name} made a copy"
+                    assert httpx.get(f"{paged.url}/gradio_api/file={path}").status_code == 403
+    assert asked >= 12
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/score", 405), ("GET", "/v1/nothing", 404), ("PUT", "/v1/x/y", 404)])
+def test_behind_a_page_too_errors_have_openais_form(paged: Served, method: str, path: str, status: int) -> None:
+    answer = httpx.request(method, f"{paged.url}{path}")
+    assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def choose(page: Any, label: str, value: str) -> None:

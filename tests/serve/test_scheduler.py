@@ -330,6 +330,19 @@ def test_the_end_lets_what_runs_finish_and_takes_nothing_on(
     assert long.wait().updates[0][-1].reason == "length" and 0 < len(long.tokens()) < 450
 
 
+def test_told_a_second_time_it_ends_at_once_with_what_there_is(
+    engine: Engine, scheduler: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, ear = scheduler(), Ear()
+    slowed(engine, monkeypatch)
+    running.generate([[6]], [Settings(450, temperature=1.0, top_logprobs=0)], ear)
+    ear.wait(lambda ear: bool(ear.updates[0]))
+    running.retire(10 * PATIENCE)
+    running.retire(0.0)
+    running.retire(10 * PATIENCE)
+    assert ear.wait().updates[0][-1].reason == "length" and 0 < len(ear.tokens()) < 450
+
+
 def test_an_idle_scheduler_holds_no_keys_and_values(engine: Engine, scheduler: Callable[..., Scheduler]) -> None:
     running = scheduler()
     for width in (10, 400, 20):

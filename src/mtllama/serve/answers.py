@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mtllama import api
+from mtllama.errors import UserError
 from mtllama.model.engine import Branches, Engine, Scored
 from mtllama.model.generation import Settings, TokenLogprob
 from mtllama.serve.requests import ChatRequest, CompletionRequest
@@ -14,6 +15,9 @@ from mtllama.serve.token_text import Offsets, TokenBytes
 
 CHAT_TOKENS = 512
 """New tokens at most where a chat does not say how many; fewer where the context ends."""
+
+MAX_TOLD = 2**19
+"""Log-probabilities that one answer may hold: some 30 MB of JSON."""
 
 
 class Answer:
@@ -65,6 +69,9 @@ class Completion(Answer):
         limits = [engine.encoder.max_length - len(prompt) if body.max_tokens is None else body.max_tokens for prompt in prompts]
         limits = [limit for limit in limits for _ in range(self.per_prompt)]
         self.top = body.logprobs or 0
+        if body.logprobs is not None:
+            echoed = sum(map(len, prompts)) * self.per_prompt if body.echo else 0
+            _require_few(echoed + sum(limits), self.top)
         self.silent = body.max_tokens == 0
         self.settings = (
             [] if self.silent else [_settings(engine, body, limit, i, body.logprobs, raw=True) for i, limit in enumerate(limits)]
@@ -154,6 +161,13 @@ class Completion(Answer):
         return {**self.head, "choices": [self._choice(update.index, update.text, list(update.logprobs), update.reason, echo=False)]}
 
 
+def _require_few(tokens: int, top: int) -> None:
+    if (told := tokens * (top + 1)) > MAX_TOLD:
+        raise UserError(
+            f"the answer could have {told:,} log-probabilities; at most {MAX_TOLD:,} are told: ask for fewer tokens, answers (n) or logprobs"
+        )
+
+
 class Chat(Answer):
     """Of `/v1/chat/completions`."""
 
@@ -168,6 +182,8 @@ class Chat(Answer):
         limit = wanted or min(CHAT_TOKENS, encoder.max_length - len(prompt))
         self.prompts = [prompt]
         top = (body.top_logprobs or 0) if body.logprobs else None
+        if top is not None:
+            _require_few(limit * self.per_prompt, top)
         self.settings = [_settings(engine, body, limit, i, top, raw=False) for i in range(self.per_prompt)]
         self.head = _head("chatcmpl", "chat.completion", name)
         self.chunk_head = {**self.head, "object": "chat.completion.chunk"}

@@ -14,8 +14,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.concurrency import run_in_threadpool
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from mtllama import __version__, api
 from mtllama.data.prompt import Turn
@@ -69,6 +70,8 @@ def make_app(
     _add_openai(app, serving)
     _add_tasks(app, serving)
     _add_state(app, serving)
+    if page:
+        _add_elsewhere(app)
     # The last one added is the first that a request meets.
     app.add_middleware(Bounded)
     if page:
@@ -108,6 +111,16 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         return RefusedError(500, "the server failed at this request; its log says why").response()
+
+
+def _add_elsewhere(app: FastAPI) -> None:
+    """The page is mounted at the root behind the routes, and would answer in its own form for what they do not."""
+
+    @app.api_route("/v1/{path:path}", methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"], include_in_schema=False)
+    async def elsewhere(request: Request) -> Response:
+        scope = {**request.scope, "route": None}
+        known = any(route.matches(scope)[0] is Match.PARTIAL for route in app.routes)
+        raise HTTPException(405, "Method Not Allowed") if known else HTTPException(404, "Not Found")
 
 
 def _add_openai(app: FastAPI, serving: Serving) -> None:
@@ -188,7 +201,9 @@ async def _answered(serving: Serving, request: Request, answer: Answer, *, strea
         await _unless_gone(request, collect())
     finally:
         running.ticket.cancel()
-    return JSONResponse(answer.body(["".join(update.text for update in each) for each in found], found, usage.told()))
+    texts = ["".join(update.text for update in each) for each in found]
+    # In a thread: hundreds of thousands of log-probabilities would keep everybody waiting.
+    return await run_in_threadpool(lambda: JSONResponse(answer.body(texts, found, usage.told())))
 
 
 class _Running:
@@ -216,8 +231,8 @@ class _Running:
 async def _events(answer: Answer, running: _Running, usage: "_Usage") -> AsyncIterator[str]:
     """Server-sent events; they end early, and the slots are freed, where the client goes away."""
     try:
-        for chunk in answer.first_chunks():
-            yield _event(chunk)
+        async for event in iterate_in_threadpool(map(_event, answer.first_chunks())):
+            yield event
         async for update in running.updates():
             usage.saw(update)
             yield _event(answer.chunk(update))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hmac
+import re
 import time
 from typing import Any
 
@@ -18,8 +19,17 @@ RETRY_AFTER = 1
 """Seconds after which a client is told to try again."""
 INTERFACE = ("/v1", "/metrics", "/openapi.json")
 """Where a key is asked for although there is a page, which has a log-in of its own."""
-FILES = ("/gradio_api/upload", "/gradio_api/process_recording")
-"""Where gradio takes files, which it keeps on the disk for as long as it runs; the page has no use for any."""
+FILES = (
+    "/gradio_api/upload",
+    "/gradio_api/process_recording",
+    "/gradio_api/file",
+    "/gradio_api/proxy",
+    "/gradio_api/stream",
+    "/proxy",
+    "/file",
+)
+"""Where gradio takes files, which it keeps on the disk for as long as it runs, and hands them out, or what another server has; the page has no
+use for any."""
 BEGAN = "mtllama.began"
 """Where in a request's scope it is kept when it came in (`time.monotonic`)."""
 
@@ -93,15 +103,15 @@ class Guarded:
 
 
 class Fileless:
-    """Takes no files for a page that needs none."""
+    """Takes and gives no files for a page that needs none."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
-        if scope["type"] == "http" and scope["method"] != "GET" and scope["path"].startswith(FILES):
-            answer = RefusedError(403, f"{scope['method']} {scope['path']}: this page takes no files").response()
+        if scope["type"] == "http" and re.sub("/+", "/", scope["path"]).startswith(FILES):
+            answer = RefusedError(403, f"{scope['method']} {scope['path']}: this page has no files").response()
             return await answer(scope, receive, send)
         await self.app(scope, receive, send)
 

@@ -1,5 +1,6 @@
 """A model folder -> the command line that serves it with vLLM, for many GPUs. Never run against vLLM itself here."""
 
+import json
 import os
 import shlex
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 from mtllama import folders
 from mtllama.errors import UserError
 from mtllama.model.find import ModelFolder
+from mtllama.progress import say
 
 KEY = "VLLM_API_KEY"
 """Where vLLM looks for the key, so that it stands in no list of processes."""
@@ -16,8 +18,8 @@ KEY = "VLLM_API_KEY"
 def vllm_command(source: ModelFolder, *, host: str, port: int, name: str | None, dtype: str) -> list[str]:
     """The line; raises where vLLM could not serve the folder as training left it.
 
-    vLLM reads the prompt format from the folder's chat template, and the end marker and stop strings from its generation config; without
-    them it serves, but not what was trained.
+    vLLM reads the prompt format from the folder's chat template, and the end marker from its generation config; without them it serves, but not
+    what was trained. Stop strings it takes from requests alone: where the folder has some, that is said.
     """
     folder = source.folder
     if source.delta:
@@ -33,7 +35,12 @@ def vllm_command(source: ModelFolder, *, host: str, port: int, name: str | None,
     for file in ("tokenizer.json", "generation_config.json"):
         if not (folder / file).is_file() and not (file == "tokenizer.json" and (folder / "tokenizer.model").is_file()):
             raise UserError(f"{folder} has no {file}, so that vLLM would not stop or prompt as training did; fetch the model again")
-    if folders.read_json(folder / "generation_config.json").get("eos_token_id") is None:
+    generation = folders.read_json(folder / "generation_config.json")
+    if stop := generation.get("stop_strings"):
+        say(
+            f'the answers of {folder} end at {stop}, which vLLM does not read from a folder: send "stop": {json.dumps(stop)} with every request'
+        )
+    if generation.get("eos_token_id") is None:
         raise UserError(
             f"{folder}/generation_config.json has no eos_token_id, so that vLLM would not know where an answer ends; set it there"
         )

@@ -83,9 +83,12 @@ def mount(app: FastAPI, page: Page, *, password: str | None = None) -> FastAPI:
         if password is None:  # files of a folder know no log-in
             app.mount(REPORT, StaticFiles(directory=page.report), name="report")
     theme = gr.themes.Default(font=FONTS, font_mono=MONO)
+    blocks = _blocks(page, framed=password is None)
+    # What `launch` would set: without it gradio takes any path of this machine in a message for a file that was sent, and hands it out.
+    blocks.has_launched = True
     mounted: FastAPI = gr.mount_gradio_app(
         app,
-        _blocks(page, framed=password is None),
+        blocks,
         "",
         auth=(USER, password) if password is not None else None,
         auth_message=f"The name is {USER}; the password is the server's key.",

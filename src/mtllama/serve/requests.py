@@ -59,6 +59,15 @@ class _Sampled(_Request):
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, fields: Any) -> Any:
+        if isinstance(fields, dict):
+            for name in _OTHERS:
+                if fields.get(name):
+                    raise ValueError(f"{name} is not served; leave it out")
+        return fields
+
     @model_validator(mode="after")
     def _served(self) -> Any:
         for name, harmless in _HARMLESS.items():
@@ -80,6 +89,11 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "stop_token_ids": ([],),
 }
 """Values of what is not served that change nothing, and that clients send of their own accord."""
+_OTHERS = (
+    *("ignore_eos", "min_tokens", "bad_words", "allowed_token_ids", "typical_p", "use_beam_search", "structured_outputs"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema"),
+)
+"""Fields of other servers that would change an answer, too."""
 
 
 class CompletionRequest(_Sampled):
@@ -154,6 +168,8 @@ class ChatRequest(_Sampled):
     def _consistent(self) -> Any:
         if self.tools or self.functions:
             raise ValueError(f"{'tools' if self.tools else 'functions'} are not served; leave them out")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
         if self.response_format and self.response_format.get("type") != "text":
             raise ValueError("response_format is not served; leave it out")
         roles = [message.role for message in self.messages]

@@ -165,13 +165,13 @@ class Scheduler:
     def retire(self, grace: float) -> None:
         """Take nothing on any more; what runs may finish within `grace` seconds, and then ends with what it has."""
         with self._changed:
-            if self._closing is None:
-                self._closing = time.monotonic() + grace
+            self._closing = min(self._closing or math.inf, time.monotonic() + grace)  # asked again, it may end sooner
             self._changed.notify()
 
     def close(self) -> None:
         """Retire without grace, unless it was done before, and wait until nothing runs."""
-        self.retire(0.0)
+        if self._closing is None:
+            self.retire(0.0)
         if self._thread.is_alive():
             self._thread.join()
 

@@ -165,6 +165,7 @@ def _model(dialogue: _Dialogue, rest: str) -> None:
     if rest:
         chat.engine = dialogue.load(rest)
         chat.history.clear()
+        chat.last_ids = []  # of the other model's tokenizer
     about, format = chat.engine.describe(), chat.engine.loaded.format
     recipe = about["recipe"] or {}
     print(f"{about['name']}: {about['parameters']:,} parameters, {about['dtype']}, format {format.name}, {about['folder']}")
