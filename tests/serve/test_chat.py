@@ -191,7 +191,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_a_pasted_text_is_one_prompt(p
         until(b"?2004l", start)  # the line was taken, the answer begins
         while b"[stopped]" not in heard[start:] and time.monotonic() < deadline:
             time.sleep(1)
-            os.kill(process.pid, signal.SIGINT)  # once more where Python lost it: one that falls into a destructor goes nowhere
+            os.kill(process.pid, signal.SIGINT)  # again, as a person would: one was once lost, and the cause is not known
             if select.select([leader], [], [], 1)[0]:
                 heard += os.read(leader, 4096)
         until(b"[stopped]", start)
