@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtllama.data.batching import Batch, pack
+from mtllama.data.batching import Batch, deal, pack
 from mtllama.data.prompt import Encoded
 
 
@@ -105,3 +105,19 @@ def test_whole_numbers_come_out_as_tensors_that_index() -> None:
 
 def test_no_examples_make_no_packs() -> None:
     assert list(pack([], 100)) == []
+
+
+@given(lengths=st.lists(st.integers(2, 2048), max_size=40), size=st.integers(1, 9))
+def test_every_example_is_dealt_to_one_rank_and_none_has_much_more_than_another(lengths: list[int], size: int) -> None:
+    shares = deal(lengths, size)
+    assert len(shares) == size and sorted(number for share in shares for number in share) == list(range(len(lengths)))
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(lengths[number] for number in share) for share in shares]
+    fewest = min(loads)
+    for share, load in zip(shares, loads, strict=True):
+        assert not share or load - min(lengths[number] for number in share) <= fewest  # nobody is given one who had more already
+
+
+def test_one_long_example_is_dealt_against_many_short_ones() -> None:
+    assert deal([10, 1000, 400, 300, 200], 2) == [[1], [0, 2, 3, 4]]
+    assert deal([3, 4], 1) == [[0, 1]] and deal([], 2) == [[], []]

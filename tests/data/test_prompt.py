@@ -278,6 +278,15 @@ def test_examples_that_are_encoded_together_are_as_encoded_alone(name: str, toke
     assert PromptEncoder(tokenizer, find_format(name), 64).encode_batch([]) == []
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_prompt_of_no_text_still_has_a_token_that_the_answer_is_predicted_from(name: str, tokenizer: Any) -> None:
+    """Some of P3's prompts render to nothing: in a pack, their answer must not be predicted from the example before."""
+    encoder = PromptEncoder(tokenizer, find_format(name), 512)
+    alone, (together,) = encoder.encode("", "yes"), encoder.encode_batch([("", "yes")])
+    assert alone == together and alone and 0 < alone.num_target == len(encoder.answer_ids("yes")) < len(alone.ids)
+    assert alone.ids[: -alone.num_target] == encoder.prompt_ids("")[0]
+
+
 def test_an_answer_that_is_too_long_by_itself_gives_no_example(tokenizer: Any) -> None:
     answer = "a long answer of many words"
     num = len(PromptEncoder(tokenizer, find_format("mtllama"), 4096).answer_ids(answer))

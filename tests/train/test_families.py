@@ -22,7 +22,8 @@ from mtllama import folders
 from mtllama.data.mixture import Mixture, MixtureConfig
 from mtllama.data.prompt import FORMATS, PromptEncoder
 from mtllama.model import convert
-from mtllama.train import loop
+from mtllama.train import journal, loop
+from mtllama.train.draws import draw
 from mtllama.train.parallel import Ranks
 from mtllama.train.recipe import ParallelConfig, Recipe, TrainConfig
 
@@ -82,7 +83,7 @@ def recipe(base: Path, strategy: str = "none") -> Recipe:
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / loop.METRICS).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line)["loss"] for line in (folder / journal.METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def plain_training(base: Path, tokenizer: PreTrainedTokenizerFast, max_length: int) -> tuple[list[float], torch.nn.Module]:
@@ -91,7 +92,8 @@ def plain_training(base: Path, tokenizer: PreTrainedTokenizerFast, max_length: i
     optimizer = torch.optim.AdamW(model.parameters(), lr=TRAIN.lr, weight_decay=TRAIN.weight_decay)
     encoder, mixture, found = PromptEncoder(tokenizer, FORMATS["mtllama"], max_length), Mixture(MIXTURE), []
     for step in range(TRAIN.num_steps):
-        examples, _ = loop._draw(TRAIN, mixture, encoder, step, loop.Share(), Ranks())
+        _, mine = draw(TRAIN, mixture, encoder, step, Ranks())
+        examples = [each.encoded for each in mine]
         assert len(examples) == 6
         total = sum(example.num_target for example in examples)
         loss = 0.0

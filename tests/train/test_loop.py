@@ -29,9 +29,13 @@ from mtllama.errors import UserError
 from mtllama.model import attention
 from mtllama.model.find import find_model
 from mtllama.model.load import LoadedModel, load_model
-from mtllama.train import journal, loop
+from mtllama.train import journal, loop, objective
+from mtllama.train import result as results
+from mtllama.train.objective import Objective, target_losses
 from mtllama.train.parallel import Ranks
 from mtllama.train.recipe import Recipe, TrainConfig, load_recipe
+from mtllama.train.work import claim as claim_folder
+from mtllama.train.work import note_changes
 from mtllama.weights.shards import CheckpointReader
 
 TRAIN = TrainConfig(examples=160, batch_size=8, lr=1e-2, max_length=256, tokens_per_pass=700, dtype="float32", save_every=4)
@@ -52,11 +56,11 @@ def command(wanted: Recipe, folder: Path) -> list[str]:
 
 
 def claim(wanted: Recipe) -> None:
-    loop._claim(wanted.out.with_name(wanted.out.name + ".partial"), wanted, Mixture(wanted.mixture), overwrite=False)
+    claim_folder(wanted.beside("partial"), wanted, Mixture(wanted.mixture), overwrite=False)
 
 
 def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / loop.METRICS).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / journal.METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -104,7 +108,7 @@ def test_the_loss_of_target_rows_equals_that_of_the_whole_logits(loaded: LoadedM
     mixture = Mixture(MixtureConfig(dir=Path("sampler")))
     examples = [encoder.encode(e.inputs, e.targets) for e in map(mixture.__getitem__, range(6)) if e]
     assert len(examples) == 6 and all(examples)
-    ours = torch.cat([loop.target_losses(loaded.model, batch) for batch in pack([e for e in examples if e], 10_000)])
+    ours = torch.cat([target_losses(loaded.model, batch) for batch in pack([e for e in examples if e], 10_000)])
     reference = LlamaForCausalLM.from_pretrained(pico, dtype=torch.float32)
     theirs = []
     for example in examples:
@@ -127,7 +131,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_split(loaded: LoadedModel, to
 
     def gradients(budget: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         loaded.model.zero_grad()
-        losses = loop._backward(loop.Objective(loaded.model, torch.float32), examples, budget, Ranks())
+        losses = loop.backward(Objective(loaded.model, torch.float32), examples, budget, Ranks())
         return losses, [p.grad.clone() for p in loaded.model.parameters()]
 
     ours, theirs = gradients(tokens_per_pass), gradients(400)
@@ -145,7 +149,7 @@ def test_no_example_of_a_pack_sees_another(loaded: LoadedModel) -> None:
     losses = []
     for neighbour in (first, other):
         (batch,) = pack([neighbour, last], 10_000)
-        losses.append(loop.target_losses(loaded.model, batch)[-last.num_target :])
+        losses.append(target_losses(loaded.model, batch)[-last.num_target :])
     assert batch.segments[0] != len(first.ids)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
 
@@ -195,7 +199,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(pico: Path, tmp_path: Pat
         process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         while process.poll() is None and len(list((work / "checkpoints").glob("step-*"))) == 0:
             time.sleep(0.02)
-        while process.poll() is None and len((work / loop.METRICS).read_text(encoding="utf-8").splitlines()) < wanted:
+        while process.poll() is None and len((work / journal.METRICS).read_text(encoding="utf-8").splitlines()) < wanted:
             time.sleep(0.005)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
@@ -226,6 +230,40 @@ def interrupt(wanted: Recipe, step: int, *, overwrite: bool = False) -> None:
             loop.run(wanted, overwrite=overwrite)
 
 
+def test_what_kills_left_of_checkpoints_goes_when_the_run_goes_on(pico: Path, tmp_path: Path) -> None:
+    """Of other steps and of other machines, too: each is three times as large as the model."""
+    wanted = recipe(pico, tmp_path / "m", examples=24, save_every=1)
+    interrupt(wanted, 2)
+    checkpoints = tmp_path / "m.partial" / "checkpoints"
+    left = checkpoints / ".step-0000001.another-machine.7-0123abcd.partial"
+    left.mkdir()
+    (left / "rank-00000.safetensors").write_bytes(b"half")
+    interrupt(wanted, 1)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-0000002", "step-0000003"]
+
+
+def test_a_second_term_waits_for_the_checkpoint_and_a_second_ctrl_c_does_not() -> None:
+    with loop._interrupts() as asked:
+        assert not asked()
+        for _ in range(3):  # a scheduler's, and torchrun's, which hands it on
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    with loop._interrupts() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked()
+
+
+def test_a_dtype_that_auto_finds_elsewhere_is_a_change_that_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = replace(TRAIN, dtype="auto")
+    for compute, start in ((torch.bfloat16, 0), (torch.bfloat16, 2), (torch.float32, 4)):
+        note_changes(tmp_path, train, compute, start)
+    assert "from step 5 on with train.dtype=float32 (was bfloat16)" in capsys.readouterr().err
+    assert [each["from_step"] for each in folders.read_json(tmp_path / "changes.json")] == [1, 5]
+
+
 def test_a_run_goes_on_from_before_its_first_update(pico: Path, tmp_path: Path) -> None:
     """The first example is skipped, so that there are no moments yet when the run is interrupted."""
     wanted = recipe(pico, tmp_path / "m", examples=8, batch_size=1, max_length=13)
@@ -247,13 +285,13 @@ def test_an_unfinished_run_of_another_recipe_is_refused(pico: Path, tmp_path: Pa
 def steps_done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every step that is computed."""
     done: list[int] = []
-    backward = loop._backward
+    backward = loop.backward
 
-    def counted(objective: loop.Objective, examples: list[Any], *rest: Any) -> torch.Tensor:
+    def counted(objective: Objective, examples: list[Any], *rest: Any) -> torch.Tensor:
         done.append(len(examples))
         return backward(objective, examples, *rest)
 
-    monkeypatch.setattr(loop, "_backward", counted)
+    monkeypatch.setattr(loop, "backward", counted)
     return done
 
 
@@ -272,7 +310,7 @@ def test_overwrite_is_for_the_result_and_an_unfinished_run_goes_on_all_the_same(
 def test_a_run_that_could_not_write_its_result_does_no_step_again(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, done = recipe(pico, tmp_path / "m", examples=24, save_every=100), steps_done(monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_write_weights", Mock(side_effect=OSError(28, "No space left on device")))
+        patch.setattr(results, "_write_weights", Mock(side_effect=OSError(28, "No space left on device")))
         with pytest.raises(UserError, match="no space left"):
             loop.run(wanted)
     assert len(done) == 3 and not (tmp_path / "m").exists()
@@ -303,17 +341,17 @@ def test_a_result_of_the_same_recipe_is_not_made_again_and_one_of_another_is_not
 
 
 def test_two_processes_do_not_train_into_one_folder(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, met, backward = recipe(pico, tmp_path / "m", examples=8), [], loop._backward
+    wanted, met, backward = recipe(pico, tmp_path / "m", examples=8), [], loop.backward
 
     def meanwhile(*rest: Any) -> torch.Tensor:
-        monkeypatch.setattr(loop, "_backward", backward)
+        monkeypatch.setattr(loop, "backward", backward)
         with pytest.raises(UserError) as other:
             loop.run(wanted)
         met.append(str(other.value))
         return backward(*rest)
 
-    monkeypatch.setattr(loop, "_backward", meanwhile)
-    assert (loop.run(wanted) / loop.METRICS).is_file()
+    monkeypatch.setattr(loop, "backward", meanwhile)
+    assert (loop.run(wanted) / journal.METRICS).is_file()
     assert len(met) == 1 and "another process writes to" in met[0]
 
 
@@ -330,7 +368,7 @@ def test_the_working_folder_can_be_the_result(pico: Path, tmp_path: Path, monkey
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     loop.run(recipe(pico, Path("."), examples=8))
-    assert (tmp_path / "here" / loop.METRICS).is_file() and [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert (tmp_path / "here" / journal.METRICS).is_file() and [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_a_run_whose_data_gives_nothing_to_train_on_has_no_result(pico: Path, tmp_path: Path) -> None:
@@ -383,7 +421,7 @@ def test_how_a_run_is_computed_may_change_while_it_is_not_done(pico: Path, tmp_p
 
 def test_activation_checkpointing_computes_layers_anew(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, attend = [], attention.segment_attention
-    monkeypatch.setattr(loop, "_finish", lambda *rest: tmp_path)
+    monkeypatch.setattr(results, "write", lambda *rest: tmp_path)
     for switch in (False, True):
         calls.append(0)
 
@@ -410,9 +448,9 @@ def test_compiled_layers_have_the_losses_of_plain_ones_and_are_compiled_once(pic
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> None:
     """In these steps the first example's loss and all gradients are this many times what they are."""
-    step, backward = [0], loop._backward
+    step, backward = [0], loop.backward
 
-    def spoilt(objective: loop.Objective, *rest: Any) -> torch.Tensor:
+    def spoilt(objective: Objective, *rest: Any) -> torch.Tensor:
         losses = backward(objective, *rest)
         step[0] += 1
         if step[0] in steps:
@@ -422,7 +460,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> 
                     parameter.grad *= value
         return losses
 
-    monkeypatch.setattr(loop, "_backward", spoilt)
+    monkeypatch.setattr(loop, "backward", spoilt)
 
 
 def test_a_step_whose_loss_is_no_number_is_passed_over_and_its_examples_are_named(
@@ -486,7 +524,7 @@ def test_a_spike_is_passed_over_and_the_weights_stay_as_they_were(pico: Path, tm
 def test_more_target_rows_than_fit_at_a_time_give_the_same_losses(
     pico: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "HEAD_ROWS", 7)
+    monkeypatch.setattr(objective, "HEAD_ROWS", 7)
     out = loop.run(recipe(pico, tmp_path / "m", examples=24))
     assert max(line["targets"] for line in metrics(out)) > 7
     other = loop.run(recipe(pico, tmp_path / "n", examples=24, activation_checkpointing=True))
@@ -512,6 +550,10 @@ def test_what_is_written_for_tensorboard_can_be_read_by_it_and_goes_on_after_a_k
     assert losses == pytest.approx({line["step"]: line["loss"] for line in metrics(out)}, rel=1e-6) and len(losses) == 20
 
 
+KINDS = ("skipped", "cut")
+"""What of a mixture is not trained on as it stands: counts in the totals, and files."""
+
+
 def test_an_answer_that_is_too_long_is_counted_and_never_trained_on_as_nothing(
     pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -522,6 +564,12 @@ def test_an_answer_that_is_too_long_is_counted_and_never_trained_on_as_nothing(
     said = " ".join(capsys.readouterr().err.split())
     assert f"{totals['skipped']} of 32 draws skipped ({totals['skipped']}: its answer alone is longer" in said
     assert f", {totals['cut']} prompts cut to train.max_length" in said
+    listed = {kind: [json.loads(line) for line in (out / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()] for kind in KINDS}
+    assert {kind: len(lines) for kind, lines in listed.items()} == {kind: totals[kind] for kind in KINDS}
+    mixture = Mixture(MixtureConfig(dir=Path("sampler")))
+    for line in itertools.chain(*listed.values()):
+        draw = mixture.draw(line["index"])
+        assert (line["task"], line["template"], line["row"], line["step"]) == (draw.task, draw.template, draw.row, line["index"] // 8 + 1)
     assert all(line["targets"] > 0 for line in metrics(out))
 
 

@@ -22,7 +22,8 @@ from mtllama.errors import UserError
 from mtllama.model import adapter
 from mtllama.model.find import find_model
 from mtllama.model.load import load_model
-from mtllama.train import loop, lora, state
+from mtllama.train import journal, loop, lora, state
+from mtllama.train.objective import target_losses
 from mtllama.train.recipe import LoraConfig, Recipe, TrainConfig
 from mtllama.weights import delta
 from mtllama.weights.restore import apply, open_target
@@ -62,7 +63,7 @@ def loss(folder: Path) -> float:
     encoder, mixture = PromptEncoder(loaded.tokenizer, loaded.format, 256), Mixture(MixtureConfig(dir=Path("sampler")))
     examples = [encoder.encode(example.inputs, example.targets) for example in filter(None, map(mixture.__getitem__, range(48)))]
     with torch.no_grad():
-        return float(torch.cat([loop.target_losses(loaded.model, batch) for batch in pack([e for e in examples if e], 2000)]).mean())
+        return float(torch.cat([target_losses(loaded.model, batch) for batch in pack([e for e in examples if e], 2000)]).mean())
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +179,7 @@ def test_another_seed_is_another_start_and_drops_others(pico: Path, tmp_path: Pa
 
     def losses(seed: int) -> list[float]:
         out = loop.run(recipe(pico, tmp_path / f"seed-{seed}", kept(dropout=0.3), examples=24, seed=seed))
-        return [json.loads(line)["loss"] for line in (out / loop.METRICS).read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line)["loss"] for line in (out / journal.METRICS).read_text(encoding="utf-8").splitlines()]
 
     one, other = losses(0), losses(1)
     assert one[0] == other[0] and one[1:] != other[1:]  # adapters start as nothing: the first loss is the base's

@@ -24,7 +24,7 @@ from mtllama import config as configs
 from mtllama import folders
 from mtllama.data.mixture import MixtureConfig
 from mtllama.errors import UserError
-from mtllama.train import loop, state
+from mtllama.train import journal, loop, state
 from mtllama.train.parallel import Ranks, joined
 from mtllama.train.recipe import LoraConfig, ParallelConfig, Recipe, TrainConfig
 from mtllama.weights.shards import SINGLE, CheckpointReader
@@ -54,7 +54,7 @@ def values(recipe: Recipe) -> dict[str, Any]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / loop.METRICS).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / journal.METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def losses(folder: Path) -> list[float]:
@@ -168,7 +168,7 @@ def test_the_result_of_two_ranks_is_the_folder_of_one_process(name: str, two: Tw
         assert ours[tensor].dtype == theirs[tensor].dtype == torch.bfloat16
         torch.testing.assert_close(ours[tensor].float(), theirs[tensor].float(), rtol=1e-2, atol=1e-4)
     for file in sorted(one.iterdir()):
-        if file.name not in ("model.safetensors", loop.METRICS, folders.MANIFEST):
+        if file.name not in ("model.safetensors", journal.METRICS, folders.MANIFEST):
             assert (two.folder / name / file.name).read_bytes() == file.read_bytes()
     told, same = folders.read_manifest(two.folder / name) or {}, folders.read_manifest(one) or {}
     assert told["ranks"] == 2 and same["ranks"] == 1
@@ -259,7 +259,7 @@ def group() -> Iterator[None]:
 def test_one_rank_can_shard_too(pico: Path, one: Path, tmp_path: Path, group: None) -> None:
     out = loop.run(recipe(pico, tmp_path / "model", "fsdp"))
     assert dist.is_initialized()
-    assert losses(out) == pytest.approx(losses(one), abs=1e-6)
+    assert losses(out) == pytest.approx(losses(one), abs=1e-5)
 
 
 def test_the_launchers_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

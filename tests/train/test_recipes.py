@@ -12,7 +12,7 @@ from mtllama.errors import UserError
 from mtllama.model import adapter
 from mtllama.tasks.catalog import catalog, find_tasks, sampler_dir
 from mtllama.tasks.p3 import config_name
-from mtllama.train import loop
+from mtllama.train import journal, loop
 from mtllama.train.recipe import load_recipe
 
 RECIPES = sorted(Path(str(each)).stem for each in resources.files("mtllama").joinpath("recipes").iterdir() if each.name.endswith(".yaml"))
@@ -54,7 +54,7 @@ def test_a_shipped_recipe_runs(name: str, pico: Path, tmp_path: Path) -> None:
     assert manifest["totals"]["steps"] == 3 and manifest["totals"]["examples"] > recipe.train.batch_size
     assert manifest["recipe"]["train"]["lr"] == recipe.train.lr
     assert (out / adapter.WEIGHTS).is_file() == (recipe.lora is not None and not recipe.lora.merge) == (name == "lora-8b")
-    drawn = {task for line in (out / loop.METRICS).read_text(encoding="utf-8").splitlines() for task in json.loads(line)["tasks"]}
+    drawn = {task for line in (out / journal.METRICS).read_text(encoding="utf-8").splitlines() for task in json.loads(line)["tasks"]}
     assert bool(p3) == name.startswith("smollm2-135m-p3") == bool(drawn & {"wiki_qa", "dream"})  # the sampler has no rows of these two
 
 

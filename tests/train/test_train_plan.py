@@ -49,11 +49,11 @@ def test_tokens_are_those_that_the_run_will_read(pico: Path, tmp_path: Path) -> 
 
 
 def test_a_run_after_a_plan_in_one_process_is_the_same_run(pico: Path, tmp_path: Path) -> None:
-    from mtllama.train import loop
+    from mtllama.train import journal, loop
 
     def losses(name: str) -> list[float]:
         out = loop.run(replace(recipe(str(pico), examples=16), out=tmp_path / name))
-        return [json.loads(line)["loss"] for line in (out / loop.METRICS).read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line)["loss"] for line in (out / journal.METRICS).read_text(encoding="utf-8").splitlines()]
 
     plans.plan(recipe(str(pico)), device=CPU)  # its masks have no contents
     first = losses("m")
@@ -181,7 +181,7 @@ def test_what_a_plan_says_is_needed_is_within_15_percent_of_a_short_run(settings
     planned = plans.plan(wanted, device=CPU).memory.needed
     program = (
         "import sys, json, resource; from pathlib import Path; from mtllama.train import loop; from mtllama.train.recipe import load_recipe;"
-        "loop._finish = lambda *rest: None; loop.run(load_recipe(Path(sys.argv[1]), sys.argv[2:]));"
+        "loop.result.write = lambda *rest: None; loop.run(load_recipe(Path(sys.argv[1]), sys.argv[2:]));"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
     words = [sys.executable, "-c", program, "quickstart", f"out={tmp_path / 'm'}", f"model={smollm2}"]

@@ -1,4 +1,4 @@
-"""Encoded examples -> packs: examples one behind the other in one row, under a token budget, without padding."""
+"""Encoded examples -> shares of the ranks -> packs: examples one behind the other in one row, under a token budget, without padding."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,19 @@ class Batch:
     predict: torch.Tensor  # [num_target] int64: places whose next token is a target
     targets: torch.Tensor  # [num_target] int64: those tokens
     owners: torch.Tensor  # [num_target] int64: the example (its place in the effective batch) that each belongs to
+
+
+def deal(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Deal out examples of these lengths (tokens) to `size` ranks, so that none waits long for another; returns the numbers of each rank's,
+    in their order. The longest first, each to the rank that has the fewest tokens so far (Graham 1969).
+    """
+    shares: list[list[int]] = [[] for _ in range(size)]
+    loads = [0] * size
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        rank = loads.index(min(loads))
+        shares[rank].append(number)
+        loads[rank] += lengths[number]
+    return [sorted(share) for share in shares]
 
 
 def pack(examples: Sequence[Encoded], max_tokens: int) -> Iterator[Batch]:

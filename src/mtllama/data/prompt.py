@@ -195,14 +195,13 @@ class PromptEncoder:
         return self._cut(self.whole_prompt_ids(inputs, history, system), room)
 
     def raw_ids(self, text: str) -> list[int]:
-        """Ids of text that is put into no format: BOS as the checkpoint has it, then the text; never empty, so that something can be
-        predicted from it (BOS alone, or EOS where there is no BOS).
-        """
-        ids = [*self.bos_ids, *((self._behind_special if self.bos_ids else self._ids)(text) if text else ())]
-        if ids:
-            return ids
+        """Ids of text that is put into no format: BOS as the checkpoint has it, then the text; never empty."""
+        return self._begun([*self.bos_ids, *((self._behind_special if self.bos_ids else self._ids)(text) if text else ())])
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """Ids from which a first one can be predicted: where there is nothing before it, BOS, or EOS if the tokenizer has none."""
         bos = self.tokenizer.bos_token_id
-        return [self.tokenizer.eos_token_id if bos is None else bos]
+        return ids or [self.tokenizer.eos_token_id if bos is None else bos]
 
     def raw_continuation_ids(self, text: str) -> list[int]:
         """Ids of text that goes on behind other text, as it stands: no blank before it, no end marker behind it."""
@@ -219,7 +218,7 @@ class PromptEncoder:
             text += self.format.turn.replace("{inputs}", turn.inputs)
             ids += encode(text) + self._answer_text_ids(turn.answer) + self.end_ids
             text, encode = self.format.between, self._behind_special if self.format.end is None else self._tail_ids
-        return ids + encode(text + self.format.turn.replace("{inputs}", inputs))
+        return self._begun(ids + encode(text + self.format.turn.replace("{inputs}", inputs)))
 
     def _cut(self, ids: list[int], room: int) -> tuple[list[int], bool]:
         limit = max(self.max_length - room, 8)
@@ -279,7 +278,8 @@ class PromptEncoder:
         prompts: list[list[int]] = ids[: len(pairs)]
         if anchored:
             prompts = [self._behind_anchor(joint) or self._ids(text) for joint, text in zip(prompts, texts, strict=True)]
-        return [self._join(self.bos_ids + prompt, answer + self.end_ids) for prompt, answer in zip(prompts, ids[len(pairs) :], strict=True)]
+        prompts = [self._begun(self.bos_ids + prompt) for prompt in prompts]
+        return [self._join(prompt, answer + self.end_ids) for prompt, answer in zip(prompts, ids[len(pairs) :], strict=True)]
 
     def _join(self, prompt_ids: list[int], answer_ids: list[int]) -> Encoded | None:
         if len(answer_ids) + 8 > self.max_length:

@@ -1,4 +1,4 @@
-"""What a run tells of itself, step by step: metrics.jsonl, skipped.jsonl, TensorBoard. And whether a step is to be trusted."""
+"""What a run tells of itself, step by step: metrics.jsonl, skipped.jsonl, cut.jsonl, TensorBoard. And whether a step is to be trusted."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from mtllama import folders
 from mtllama.errors import UserError
 
-METRICS, SKIPPED, TENSORBOARD = "metrics.jsonl", "skipped.jsonl", "tensorboard"
+METRICS, SKIPPED, CUT, TENSORBOARD = "metrics.jsonl", "skipped.jsonl", "cut.jsonl", "tensorboard"
 WINDOW = 100
 """Steps whose median gradient norm the next one is compared with."""
 ENOUGH = 20
@@ -67,6 +67,7 @@ class Journal:
         self._in_a_row = 0
         rewind(work / METRICS, start, lambda line: self._note(line["grad_norm"], passed_over="passed_over" in line))
         rewind(work / SKIPPED, start)
+        rewind(work / CUT, start)
         self._board = _board(work / TENSORBOARD, start) if tensorboard else None
 
     def _note(self, norm: float | None, *, passed_over: bool) -> None:
@@ -85,8 +86,15 @@ class Journal:
             return f"gradient norm {norm:.3g}, {norm / usual:.0f} times the median of the steps before"
         return None
 
-    def write(self, line: dict[str, Any], seen: Sequence[Seen], skipped: Sequence[dict[str, Any]], doubt: str | None) -> str | None:
-        """Write down a step; returns what there is to say about it, if it was passed over.
+    def write(
+        self,
+        line: dict[str, Any],
+        seen: Sequence[Seen],
+        skipped: Sequence[dict[str, Any]],
+        cut: Sequence[dict[str, Any]],
+        doubt: str | None,
+    ) -> str | None:
+        """Write down a step, and where in the mixture it skipped something or cut a prompt; returns what there is to say about it, if it was passed over.
 
         Raises `UserError` after too many of these in a row.
         """
@@ -94,7 +102,8 @@ class Journal:
         if doubt:
             line = {**line, "passed_over": doubt, "examples": [vars(each) for each in worst]}
         self._append(METRICS, [line])
-        self._append(SKIPPED, skipped)
+        self._append(SKIPPED, [{"step": line["step"], **each} for each in skipped])
+        self._append(CUT, [{"step": line["step"], **each} for each in cut])
         self._note(line["grad_norm"], passed_over=bool(doubt))
         if self._board:
             for name, value in _scalars(line):

@@ -18,7 +18,8 @@ from mtllama.model.find import find_model, load_tokenizer
 from mtllama.model.load import pick_device, pick_dtype, positions
 from mtllama.train import lora
 from mtllama.train.flops import Flops
-from mtllama.train.loop import HEAD_ROWS, KEPT_GRADIENT, Objective
+from mtllama.train.loop import KEPT_GRADIENT
+from mtllama.train.objective import HEAD_ROWS, Objective
 from mtllama.train.parallel import strategy
 from mtllama.train.recipe import Recipe
 

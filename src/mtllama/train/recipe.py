@@ -14,8 +14,9 @@ from mtllama.data.prompt import DEFAULT_FORMAT, find_format
 from mtllama.errors import UserError
 from mtllama.model.find import Dtype
 
-RECIPE, DATA = "recipe.json", "data.json"
-"""The recipe in the folder of a run that is not done, and what its data was when it began."""
+RECIPE, DATA, CHANGES = "recipe.json", "data.json", "changes.json"
+"""In the folder of a run that is not done: its recipe, what its data was when it began, and the values of `train` that changed on the way
+by the first step that each were in force for."""
 
 
 @dataclass(frozen=True)
