@@ -1,4 +1,4 @@
-"""Serving beside `transformers serve` and llama.cpp's server: total tokens a second of one request after the other and of many at once, and time to first token.
+"""Serving beside `transformers serve` and llama.cpp's server: tokens a second, one request after the other and together; time to first token.
 
     python benchmarks/serve.py [--model smollm2-135m] [--requests 32] [--concurrent 16] [--new-tokens 64] [--llama PEER/bin/python] [--out FILE]
 
@@ -252,6 +252,7 @@ def main() -> None:
         "transformers, cb": ([*theirs, *paged], str(folder)),
     }
     work = Path(os.environ.get("TMPDIR", "/tmp"))
+    versions = {name: metadata.version(name).split("+")[0] for name in ("mtllama", "torch", "transformers", "fastapi", "uvicorn")}
     if options.llama:
         original, half = find_gguf(), work / "mtllama-bench-f16.gguf"
         if options.model != NAME or original is None:
@@ -259,11 +260,13 @@ def main() -> None:
         write_f16(original, half)
         peer = [options.llama, str(Path(__file__).with_name("serve_peer.py")), "--slots", str(options.concurrent)]
         servers |= {"llama.cpp, f16": ([*peer, str(half)], str(half)), "llama.cpp, Q4_1": ([*peer, str(original)], str(original))}
+        version = [options.llama, "-c", "from importlib.metadata import version; print(version('xllamacpp'))"]
+        versions["xllamacpp"] = subprocess.run(version, check=True, capture_output=True, text=True).stdout.strip()
     result: dict[str, Any] = {
         "benchmark": "serve",
         "hardware": hardware(),
         "python": sys.version.split()[0],
-        "versions": {name: metadata.version(name).split("+")[0] for name in ("mtllama", "torch", "transformers", "fastapi", "uvicorn")},
+        "versions": versions,
         "model": options.model,
         "setting": {"requests": options.requests, "concurrent": options.concurrent, "new_tokens": options.new_tokens, "dtype": dtype},
         "prompt_tokens": {"median": statistics.median(lengths), "longest": max(lengths), "sum": sum(lengths)},
@@ -280,8 +283,6 @@ def main() -> None:
             result["results"][name] = measured(name, argv, model, asked, options, tokenizer, log)
     if options.llama:
         half.unlink()
-        said = (work / "mtllama-bench-llama.cpp-f16.log").read_text(errors="replace")
-        result["versions"]["xllamacpp"] = next((line.split()[1] for line in said.splitlines() if line.startswith("xllamacpp ")), None)
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -6,7 +6,6 @@ PEER/bin/python serve_peer.py MODEL.gguf --slots 16 --port 8080
 import argparse
 import os
 import signal
-from importlib import metadata
 
 import xllamacpp
 
@@ -27,7 +26,7 @@ def main() -> None:
     params.n_parallel, params.n_ctx = options.slots, options.slots * PLACES
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
     server = xllamacpp.Server(params)
-    print("xllamacpp", metadata.version("xllamacpp"), xllamacpp.get_system_info(), server.listening_address, flush=True)
+    print(xllamacpp.get_system_info(), server.listening_address, flush=True)
     signal.sigwait({signal.SIGTERM, signal.SIGINT})
     os._exit(0)  # what is under way is not waited for
 

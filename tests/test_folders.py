@@ -62,7 +62,7 @@ def test_after_an_error_nothing_is_left_and_the_old_folder_stands(tmp_path: Path
 
 def test_a_folder_that_holds_something_is_replaced_only_when_asked(tmp_path: Path) -> None:
     out = old_folder(tmp_path / "out")
-    with pytest.raises(UserError, match=r"out is not empty; choose another --out, or pass --overwrite"), folders.new_folder(out):
+    with pytest.raises(UserError, match=r"out is not empty; choose another output folder, or pass --overwrite"), folders.new_folder(out):
         raise AssertionError("the block must not begin")
     assert standing(tmp_path) == {"out/old": "old"}
     with folders.new_folder(out, overwrite=True) as folder:

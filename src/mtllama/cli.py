@@ -51,7 +51,13 @@ Format = Annotated[
 Dtype = Annotated[
     str, typer.Option("--dtype", metavar="DTYPE", help="auto, float32 or bfloat16; auto is bfloat16 where the hardware has it.")
 ]
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, the folder of a run, or a shipped recipe: quickstart.")]
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="YAML file, the folder of a run, or a shipped recipe: quickstart, smollm2-135m-p3, smollm2-135m-p3-continued, lora-8b, mt-llama-7b, mt-llama-7b-train-sh.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that win over the recipe, such as train.lr=1e-5.")
 ]
@@ -513,7 +519,7 @@ def train_verify(
     if steps < 2:
         raise UserError(f"--steps is {steps}; at least 2 are needed")
     good = True
-    for each in verify(load_recipe(recipe, overrides or ()), what.split(","), steps=steps):
+    for each in verify(load_recipe(recipe, overrides or ()), _words(what), steps=steps):
         good = good and each.holds is not False
         if each.loss is None:
             print(f"{each.what}: {'nothing to compare' if each.holds is None else 'FAILED'}: {each.why}", flush=True)
@@ -907,7 +913,8 @@ def serve(
     max_seconds: Annotated[float, typer.Option("--max-seconds", metavar="S", min=0.1, help="Time limit of a request.")] = 120.0,
     cache_gb: Annotated[float, typer.Option("--cache-gb", metavar="GB", min=0.01, help="Memory for what runs together.")] = 1.0,
     compare: Annotated[
-        str | None, typer.Option("--compare", metavar="MODEL", help="A second model, such as the base: the page shows its answers beside.")
+        str | None,
+        typer.Option("--compare", metavar="MODEL", help="A second model, whose answers the page shows beside; with --delta: the base."),
     ] = None,
     report: Annotated[Path | None, typer.Option("--report", metavar="DIR", help="A report's folder, to be shown on the page.")] = None,
     data_dir: DataDir = Path("sampler"),
@@ -928,7 +935,10 @@ def serve(
     if not host.strip():  # to a socket it would mean every address of the machine
         raise UserError("--host is empty; 127.0.0.1 keeps the server to this machine, 0.0.0.0 lets others in")
     key = os.environ.get("MTLLAMA_API_KEY") if api_key is None else api_key  # the parser takes an empty variable for none
-    if key is not None and not key.strip():
+    key = None if key is None else key.strip()  # a file that it was read from ends in a line break
+    if key and not (key.isascii() and key.isprintable()):
+        raise UserError("the API key (--api-key, MTLLAMA_API_KEY) has characters that no header can carry; choose letters and digits")
+    if key is not None and not key:
         raise UserError("the API key (--api-key, MTLLAMA_API_KEY) is empty; give one, or none at all to let everybody in")
     if engine == "vllm":
         given = [name for name in _OURS if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")]
@@ -953,10 +963,14 @@ def serve(
     wanted, has_page = _dtype(dtype), not no_page and find_spec("gradio") is not None
     if not has_page and (compare or report):
         raise UserError("--compare and --report are for the page, which needs gradio: pip install 'mtllama[page]', and no --no-page")
+    if report:
+        from mtllama.serve.page import require_report
+
+        require_report(report)
     bound = server.bind(host, port)
     loaded, page = _chat_engine(model, base, delta, wanted, format), None
     if has_page:
-        other = _chat_engine(compare, None, None, wanted, format) if compare else None
+        other = _chat_engine(compare, None, None, wanted, format) if compare else _base_beside(base, wanted, format)
         page = server.PageSettings(other, report, data_dir or Path("sampler"))
     elif not no_page:
         say("no page: it needs gradio (pip install 'mtllama[page]')")
@@ -976,6 +990,22 @@ def _chat_engine(model: str | None, base: str | None, delta: str | None, dtype: 
 
     source = find_model(model, base, delta)
     return Engine(load_model(source, dtype=dtype, format=format or source.spoken_format()))
+
+
+def _base_beside(base: str | None, dtype: Any, format: str | None) -> Any:
+    """The base of a delta, to be shown beside what it makes; None, and a word why, where it cannot be."""
+    from mtllama.evaluate.memory import require_memory
+    from mtllama.model.find import find_model
+    from mtllama.progress import say
+
+    if base is None:
+        return None
+    try:
+        require_memory(find_model(base), dtype)
+        return _chat_engine(base, None, None, dtype, format)
+    except UserError as error:
+        say(f"the page does not show the base beside: {error}")
+        return None
 
 
 @app.command()

@@ -30,9 +30,9 @@ _THIS = secrets.token_hex(4)
 def require_new(path: Path, *, overwrite: bool) -> None:
     """Refuse an output folder that already holds something, unless `overwrite`."""
     if path.is_file():
-        raise UserError(f"{path} is a file; an output folder is needed: choose another --out")
+        raise UserError(f"{path} is a file; an output folder is needed: choose another")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UserError(f"{path} is not empty; choose another --out, or pass --overwrite to replace it")
+        raise UserError(f"{path} is not empty; choose another output folder, or pass --overwrite to replace it")
 
 
 @contextlib.contextmanager

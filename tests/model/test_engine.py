@@ -268,11 +268,11 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Force:
     return start
 
 
-def byte_ids(engine: Engine, text: str) -> list[int]:
+def byte_ids(engine: Engine, text: str | bytes) -> list[int]:
     """One id for every UTF-8 byte of a text."""
     vocab = engine.tokenizer.get_vocab()
     if "<0x0A>" in vocab:
-        return [vocab[f"<0x{byte:02X}>"] for byte in text.encode()]
+        return [vocab[f"<0x{byte:02X}>"] for byte in (text if isinstance(text, bytes) else text.encode())]
     # Byte-level BPE: a byte is written as the character that its pre-tokenizer shows for it.
     shown = {}
     spare = 256
@@ -282,7 +282,7 @@ def byte_ids(engine: Engine, text: str) -> list[int]:
         else:
             shown[byte] = chr(spare)
             spare += 1
-    return [vocab[shown[byte]] for byte in text.encode()]
+    return [vocab[shown[byte]] for byte in (text if isinstance(text, bytes) else text.encode())]
 
 
 def tokens_of(engine: Engine, text: str) -> list[int]:
@@ -432,6 +432,16 @@ def test_bytes_that_are_no_character_do_not_hold_the_rest_back(bpe_engine: Engin
     prompt = force(bpe_engine, [*byte_ids(bpe_engine, "a"), *broken, *byte_ids(bpe_engine, "bSTOPc")])
     pieces = list(bpe_engine.stream(prompt, Settings(max_new_tokens=100, stop=("STOP",), strip=True)))
     assert pieces[0] == "a" and "".join(pieces).endswith("b") and "STOP" not in "".join(pieces)
+
+
+@pytest.mark.parametrize(
+    "broken", [b"\x9f", b"\xf0", b"\xe2\x82", b"\xf0\x9f", b"\xf0\x9f\x98", b"\x80\x80\x80\x80\x80", b"\xe2\x82\xf0\x9f\xe2"]
+)
+def test_bytes_that_are_no_character_do_not_spoil_the_one_behind_them(bpe_engine: Engine, force: Force, broken: bytes) -> None:
+    said = byte_ids(bpe_engine, b"a" + broken + EMOJI.encode())
+    pieces = list(bpe_engine.stream(force(bpe_engine, said), Settings(max_new_tokens=100, strip=True)))
+    assert "".join(pieces).replace("\N{REPLACEMENT CHARACTER}", "") == "a" + EMOJI
+    assert pieces[-1] == EMOJI[-1] and "".join(pieces).startswith("a\N{REPLACEMENT CHARACTER}")
 
 
 def test_a_stop_string_behind_broken_bytes_is_not_shown(bpe_engine: Engine, force: Force) -> None:

@@ -181,3 +181,16 @@ def test_attention_of_another_kind_is_refused(part: str) -> None:
         packed.packed_attention(module, query, query, query, None, plan=plan, **{part: 1.0})
     with pytest.raises(UserError, match=part):
         attention.segment_attention(module, query, query, query, None, segments=[3], **{part: 1.0})
+
+
+def test_one_long_answer_needs_no_mask_that_grows_with_its_square() -> None:
+    def hidden(*answers: int) -> int:
+        return sum(block.hidden.numel() for block in Trees([Part(1, answers)], torch.device("cpu")).blocks)
+
+    assert hidden(4095) <= 4096 * packed.ROWS < hidden(2047, 2048) / 4
+
+
+def test_one_answer_alone_scores_as_beside_another(engine: Engine) -> None:
+    prompt, answer = list(range(30, 61)), [5 + number % 400 for number in range(170)]  # more than a block of queries
+    ((alone,), (beside, _)) = engine.score([Branches(prompt, [answer])]) + engine.score([Branches(prompt, [answer, [7]])])
+    assert alone == pytest.approx(beside, abs=1e-4) and len(alone) == 170

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,29 @@ def test_a_dialogue_that_is_too_long_forgets_its_oldest_turns(chat: Chat) -> Non
     list(chat.answer("and now? " * 10))
     assert [turn.answer for turn in chat.history[:-1]] != ["yes", "no", "fine"]
     assert chat.history[-2].answer == "fine"
+
+
+def test_of_a_long_dialogue_the_oldest_turns_are_forgotten_without_reading_it_again_for_each(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [Turn(f"word {number} " * (1 + number % 7), "yes " * (number % 5)) for number in range(3000)]
+    for length in (0, 1, 2, 9, 40, 41):
+        theirs, (ids, cut) = list(turns[:length]), engine.encoder.prompt_ids("last", turns[:length], room=64)
+        while cut and theirs:
+            del theirs[0]
+            ids, cut = engine.encoder.prompt_ids("last", theirs, room=64)
+        chat = Chat(engine, max_new_tokens=64, history=turns[:length])
+        assert chat.prompt_ids("last") == (ids, 64) and chat.history == theirs
+    read, whole_prompt_ids = [], engine.encoder.whole_prompt_ids
+
+    def counted(text: str, history: Sequence[Turn] = (), system: str | None = None) -> list[int]:
+        read.append(len(history))
+        return whole_prompt_ids(text, history, system)
+
+    monkeypatch.setattr(engine.encoder, "whole_prompt_ids", counted)
+    chat = Chat(engine, max_new_tokens=64, history=list(turns))
+    chat.prompt_ids("last")
+    assert chat.history == turns[-len(chat.history) :] and 3 < len(chat.history) < 500 and sum(read) < 3000
 
 
 def test_one_prompt_and_the_examples_print_answers_only(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,13 +206,13 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_a_pasted_text_is_one_prompt(p
             if ready:
                 heard += os.read(leader, 4096)
 
-    deadline = time.monotonic() + 60
     try:
         until(b"Ctrl-D ends")
         until(b"?2004h")  # the line editor reads
         os.write(leader, b"\x1b[200~one\ntwo\x1b[201~\r")  # as a terminal tells of a paste
         start = len(heard)
         until(b"?2004l", start)  # the line was taken, the answer begins
+        deadline = time.monotonic() + 60
         while b"[stopped]" not in heard[start:] and time.monotonic() < deadline:
             time.sleep(1)
             os.kill(process.pid, signal.SIGINT)  # again, as a person would: one was once lost, and the cause is not known

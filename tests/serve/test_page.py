@@ -1,5 +1,6 @@
 """The page in a real browser: a task asked of two models, a chat, a report, what the model is; nothing is loaded from elsewhere."""
 
+import os
 import re
 import shutil
 import threading
@@ -21,7 +22,6 @@ from mtllama.model.load import load_model
 from mtllama.serve.server import PageSettings, bind, start
 from mtllama.tasks.catalog import catalog, load_rows, sampler_dir
 
-sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 pages = pytest.importorskip("mtllama.serve.page")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -49,6 +49,7 @@ def paged(engine: Engine, other: Engine, report: Path) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no chromium is installed")
     with sync_api.sync_playwright() as playwright:
@@ -231,24 +232,75 @@ def test_a_path_in_a_message_is_not_read(paged: Served, tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
     secret.write_text("swordfish")
     file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
-    names = [each for each in httpx.get(f"{paged.url}/gradio_api/info").json()["named_endpoints"]]
-    asked = 0
-    for turns in ([{"role": "assistant", "content": [{"type": "file", "file": file}]}], [{"role": "user", "content": file}], file, [file]):
-        for name in ("/said", *names):
-            for data in (["x", turns], [turns, "x"], [turns]):
-                answer = httpx.post(f"{paged.url}/gradio_api/run{name}", json={"data": data}, timeout=60)
-                asked += 1
-                assert "swordfish" not in answer.text
-                for path in re.findall(r'"path": ?"([^"]+)"', answer.text):
-                    assert path == str(secret) or not Path(path).exists(), f"{name} made a copy"
-                    assert httpx.get(f"{paged.url}/gradio_api/file={path}").status_code == 403
-    assert asked >= 12
+    names = list(httpx.get(f"{paged.url}/gradio_api/info").json()["named_endpoints"])
+    assert {"/ask", "/answered", "/stopped"} <= set(names)
+    with httpx.Client(base_url=f"{paged.url}/gradio_api", timeout=60) as client:
+
+        def told(name: str, data: list[Any]) -> str:
+            asked = client.post(f"/call{name}", json={"data": data})
+            return client.get(f"/call{name}/{asked.json()['event_id']}").text if asked.status_code == 200 else asked.text
+
+        def said(content: Any) -> list[dict[str, Any]]:
+            return [{"role": "user", "content": content}]
+
+        text = {"type": "text", "text": "harmless"}
+        read = [name for name in names for data in ([said([text]), 0], ["x", said([text])]) if "harmless" in told(name, data)]
+        assert read, "where no path stands in it, a message is read, and told back"
+        for turns in (said([{"type": "file", "file": file}]), said([text, {"type": "file", "file": file}]), said(file), file, [file]):
+            for name in names:
+                for data in (["x", turns], [turns, 0], [turns]):
+                    found = told(name, data) + client.post(f"/run{name}", json={"data": data}).text
+                    assert "swordfish" not in found
+                    for path in re.findall(r'"path": ?"([^"]+)"', found):
+                        assert path == str(secret) or not Path(path).exists(), f"{name} made a copy"
+                        assert client.get(f"/file={path}").status_code == 403
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/score", 405), ("GET", "/v1/nothing", 404), ("PUT", "/v1/x/y", 404)])
 def test_behind_a_page_too_errors_have_openais_form(paged: Served, method: str, path: str, status: int) -> None:
     answer = httpx.request(method, f"{paged.url}{path}")
     assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_tab_fits_into_the_window_in_the_colours_that_are_asked_for(browser: Any, paged: Served, size: str, colours: Any) -> None:
+    width, height = SIZES[size]
+    opened = browser.new_page(viewport={"width": width, "height": height}, color_scheme=colours)
+    opened.goto(paged.url, wait_until="domcontentloaded")
+    opened.get_by_role("button", name="Random example").wait_for(timeout=WAIT)
+    for tab in ("Task", "Chat", "Report", "Model"):
+        opened.get_by_role("tab", name=tab).click()
+        opened.get_by_role("tabpanel").locator("visible=true").first.wait_for(timeout=WAIT)
+        assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), tab
+        if folder := os.environ.get("MTLLAMA_SCREENSHOTS"):
+            opened.screenshot(path=Path(folder) / f"{tab}-{size}-{colours}.png")
+    light = opened.evaluate("getComputedStyle(document.body).backgroundColor.match(/[\\d.]+/g).slice(0, 3).every(part => part > 200)")
+    assert light == (colours == "light")
+    opened.close()
+
+
+def test_what_visitors_ask_waits_in_a_queue_with_an_end(paged: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = threading.Event()
+    monkeypatch.setattr(pages, "_answered", lambda *rest: str(goes_on.wait(PATIENCE)))
+    boxes = max(len(template.fields) for task in catalog().values() for template in task.prompts)
+    row = load_rows(catalog()["copa"], sampler_dir()).rows[0]
+    template = catalog()["copa"].prompts[0]
+    data = ["copa", template.name, *(row[field] for field in template.fields), *[""] * (boxes - len(template.fields))]
+    try:
+        answers = [httpx.post(f"{paged.url}/gradio_api/call/ask", json={"data": data}, timeout=PATIENCE) for _ in range(pages.QUEUE + 20)]
+    finally:
+        goes_on.set()
+    assert [answer.status_code for answer in answers[: pages.QUEUE]] == [200] * pages.QUEUE
+    assert answers[-1].status_code == 503 and "full" in answers[-1].text
+    for path in ("run", "api"):  # past the queue
+        assert httpx.post(f"{paged.url}/gradio_api/{path}/ask", json={"data": data}, timeout=PATIENCE).status_code in (401, 404)
+
+
+def test_the_page_keeps_no_history_of_calls(paged: Served) -> None:
+    assert httpx.get(f"{paged.url}/config").json()["run_history"] is False
+    assert httpx.get(f"{paged.url}/gradio_api/runs").status_code == 404
+    assert httpx.post(f"{paged.url}/gradio_api/run-history/connect", json={"bucket_id": "a/b"}).status_code in (404, 405)
 
 
 def choose(page: Any, label: str, value: str) -> None:

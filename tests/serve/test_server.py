@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import http.client
 import json
 import shutil
@@ -30,6 +31,7 @@ from mtllama.model.load import load_model
 from mtllama.serve import guards
 from mtllama.serve.scheduler import Limits
 from mtllama.serve.server import bind, start
+from mtllama.tasks.catalog import catalog, load_rows, sampler_dir
 
 
 def greedy(served: Served, prompt: str, count: int) -> list[int]:
@@ -212,7 +214,7 @@ def nested(depth: int) -> Any:
         ("/v1/completions", {"prompt": "x", "stop": [""]}, 400, "stop"),
         ("/v1/chat/completions", {"messages": []}, 400, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, 400, "in turn"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools are not served"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools is not served"),
         ("/v1/score", {"prompt": "x", "choices": []}, 400, "choices"),
         ("/v1/score", {"prompt": "x", "choices": [""], "raw": True}, 400, "choice 0 is no token"),
         ("/v1/score", {"prompt": "word " * 600, "choices": ["a", "b"]}, 400, "the model reads 512"),
@@ -448,29 +450,47 @@ def test_an_empty_host_or_key_is_told_before_anything_is_loaded(engine: str, mon
     assert "no model '/no/model'" in told("--api-key", "secret", "--port", "0")
 
 
-def test_lm_eval_gets_the_offline_numbers(served: Served) -> None:
+def test_lm_evals_results_over_this_server_are_the_offline_ones(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lm_eval --model local-completions` on multiple-choice questions, item by item, beside the same task on the engine."""
     pytest.importorskip("lm_eval")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
-    tokenizer = str(served.engine.loaded.source.files)
-    theirs = LocalCompletionsAPI(
-        base_url=f"{served.url}/v1/completions",
-        model="pico",
-        tokenizer=tokenizer,
-        tokenizer_backend="huggingface",
-        max_length=500,
-        num_concurrent=1,
+    from mtllama.evaluate import harness
+
+    rows = load_rows(catalog()["openbookqa"], sampler_dir()).rows[:40]
+    items = [{"question": row["question_stem"], "options": row["choices"]["text"], "gold": "ABCD".index(row["answerKey"])} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    task = {
+        "task": "questions",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "options",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    (tmp_path / "questions.yaml").write_text(json.dumps(task), encoding="utf-8")
+    monkeypatch.setattr(harness, "simple_evaluate", functools.partial(simple_evaluate, bootstrap_iters=10))
+    offline = harness.run_harness(served.engine, ["questions"], out=tmp_path / "offline", include=tmp_path)
+    arguments = (
+        f"base_url={served.url}/v1/completions,model=pico,tokenizer={served.engine.loaded.source.files},num_concurrent=4,max_length=500"
     )
-    pairs = [("Is fog wet? Answer:", f" {choice}") for choice in ("Yes", "No", "It depends")] + [("One two", " three four")]
-    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
-    found = theirs.loglikelihood(requests)
-    for (prompt, choice), (logprob, is_greedy) in zip(pairs, found, strict=True):
-        ids, whole = served.engine.encoder.raw_ids(prompt), served.engine.encoder.raw_ids(prompt + choice)
-        assert whole[: len(ids)] == ids
-        ((scored,),) = served.engine.judge([api.Branches(ids, [whole[len(ids) :]])])
-        assert logprob == pytest.approx(sum(scored.log_probs), abs=1e-3) and is_greedy == scored.greedy
-    assert len({logprob for logprob, _ in found}) == 4
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    online = simple_evaluate("local-completions", model_args=arguments, tasks=["questions"], task_manager=manager, bootstrap_iters=10)
+    assert online is not None
+    for metric in ("acc,none", "acc_norm,none"):
+        assert online["results"]["questions"][metric] == offline["results"]["questions"][metric]
+    (file,) = (tmp_path / "offline").rglob("samples_questions_*.jsonl")
+    theirs = {line["doc_id"]: line["filtered_resps"] for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+    ours = {sample["doc_id"]: sample["filtered_resps"] for sample in online["samples"]["questions"]}
+    assert ours.keys() == theirs.keys() and len(ours) == 40
+    for number, answers in ours.items():
+        assert len(answers) == 4
+        for (logprob, greedy), (expected, expected_greedy) in zip(answers, theirs[number], strict=True):
+            assert float(logprob) == pytest.approx(float(expected), abs=1e-3) and str(greedy) == str(expected_greedy)
 
 
 def test_an_evaluation_over_this_server_gives_the_engine_s_numbers(served: Served) -> None:

@@ -74,3 +74,13 @@ def test_places_count_the_characters_of_the_text_however_the_tokens_come(bpe_tok
     shifted = Offsets(tokens)
     shifted.unwritten(2)
     assert shifted.take(ids) == [max(place - 2, 0) for place in theirs]
+
+
+def test_special_tokens_take_places_where_they_are_written_alone(bpe_tokenizer: Any) -> None:
+    (word,), special = bpe_tokenizer("a", add_special_tokens=False).input_ids, bpe_tokenizer.bos_token_id
+    assert Offsets(TokenBytes(bpe_tokenizer)).take([special, word, word]) == [
+        0,
+        len(bpe_tokenizer.bos_token),
+        len(bpe_tokenizer.bos_token) + 1,
+    ]
+    assert Offsets(TokenBytes(bpe_tokenizer)).take([word, special, word], special=False) == [0, 1, 1]

@@ -25,6 +25,7 @@ from mtllama.train.recipe import Recipe
 seen: dict[str, Any] = {}
 """What this rank saw in the run that goes on."""
 own_load_model, own_load, own_shard, own_interrupts = loop.load_model, loop._load, parallel.Ranks.shard, loop._interrupts
+own_backward = loop.backward
 
 
 def load_model(*args: Any, **options: Any) -> LoadedModel:
@@ -50,6 +51,12 @@ def load(recipe: Recipe, ranks: parallel.Ranks) -> Any:
     return loaded, objective
 
 
+def backward(objective: Any, examples: list[Any], *rest: Any) -> torch.Tensor:
+    """Notes the tokens that this rank has in each step."""
+    seen.setdefault("tokens", []).append(sum(len(each.ids) for each in examples))
+    return own_backward(objective, examples, *rest)
+
+
 @contextlib.contextmanager
 def interrupted_after(step: int) -> Iterator[Any]:
     """In place of a signal, which arrives at a moment of its own."""
@@ -59,7 +66,7 @@ def interrupted_after(step: int) -> Iterator[Any]:
 
 def main(folder: Path) -> None:
     global seen
-    loop.load_model, loop._load, parallel.Ranks.shard = load_model, load, shard  # type: ignore[assignment, method-assign]
+    loop.load_model, loop._load, loop.backward, parallel.Ranks.shard = load_model, load, backward, shard  # type: ignore[assignment, method-assign]
     job, told = json.loads((folder / "job.json").read_text(encoding="utf-8")), {}
     with parallel.joined() as ranks:
         for name, values in job["recipes"].items():

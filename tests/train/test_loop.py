@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +17,15 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from typer.testing import CliRunner
 
 from mtllama import config as configs
 from mtllama import folders
+from mtllama.cli import app
 from mtllama.data.batching import pack
 from mtllama.data.mixture import Mixture, MixtureConfig
 from mtllama.data.prompt import FORMATS, PromptEncoder
@@ -340,6 +344,74 @@ def test_a_result_of_the_same_recipe_is_not_made_again_and_one_of_another_is_not
         loop.run(same)
 
 
+def test_what_came_to_the_place_of_the_result_meanwhile_is_not_replaced_and_the_run_is_kept(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, done, backward = recipe(pico, tmp_path / "m", examples=16), steps_done(monkeypatch), loop.backward
+
+    def meanwhile(*rest: Any) -> torch.Tensor:
+        (tmp_path / "m").mkdir(exist_ok=True)
+        (tmp_path / "m" / "thesis.tex").touch()
+        return backward(*rest)
+
+    monkeypatch.setattr(loop, "backward", meanwhile)
+    with pytest.raises(UserError, match="is not empty"):
+        loop.run(wanted)
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["thesis.tex"]
+    loop.run(wanted, overwrite=True)
+    assert len(done) == 2 and (tmp_path / "m" / "config.json").is_file()
+
+
+def test_an_unfinished_run_of_another_recipe_is_left_alone_by_one_that_is_done(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have done all its steps, as where the disk was full when its result was to be written."""
+    first, other = (recipe(pico, tmp_path / "m", examples=16, seed=seed) for seed in (0, 1))
+    loop.run(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "_write_weights", Mock(side_effect=OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match="no space left"):
+            loop.run(other, overwrite=True)
+    done = steps_done(monkeypatch)
+    assert loop.run(first) == tmp_path / "m"
+    loop.run(other, overwrite=True)
+    assert not done and (folders.read_manifest(tmp_path / "m") or {})["recipe"]["train"]["seed"] == 1
+
+
+def test_another_base_at_the_same_place_is_another_run(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, out = tmp_path / "base", tmp_path / "m"
+    shutil.copytree(pico, base)
+    interrupt(recipe(base, out, examples=16), 1)
+    before = weights(base)
+    moved = {name: (tensor.float() * 1.5).to(tensor.dtype) for name, tensor in before.items()}
+    safetensors.torch.save_file(moved, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"m\.partial: the base is not what the run began with \(\w{16} then, \w{16} now\); bring it back"):
+        loop.run(recipe(base, out, examples=16))
+    safetensors.torch.save_file(before, base / "model.safetensors", metadata={"format": "pt"})
+    loop.run(recipe(base, out, examples=16))
+    done = steps_done(monkeypatch)
+    loop.run(recipe(base, out, examples=16))
+    assert not done
+    safetensors.torch.save_file(moved, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="is not empty"):
+        loop.run(recipe(base, out, examples=16))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
+)
+def test_too_little_memory_is_told_in_one_line_with_what_to_do(
+    pico: Path, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "backward", Mock(side_effect=error))
+    with pytest.raises(UserError, match=r"^out of memory .*; give the same command with a lower train\.tokens_per_pass") as told:
+        loop.run(recipe(pico, tmp_path / "m"))
+    assert "\n" not in str(told.value)
+    monkeypatch.setattr(loop, "backward", Mock(side_effect=RuntimeError("a fault of ours")))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        loop.run(recipe(pico, tmp_path / "m"))
+
+
 def test_two_processes_do_not_train_into_one_folder(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, met, backward = recipe(pico, tmp_path / "m", examples=8), [], loop.backward
 
@@ -407,13 +479,14 @@ def test_an_unfinished_run_of_other_data_is_refused(pico: Path, tmp_path: Path) 
         loop.run(begun)
 
 
-def test_how_a_run_is_computed_may_change_while_it_is_not_done(pico: Path, tmp_path: Path, trained: Path) -> None:
+def test_how_a_run_is_computed_may_change_while_it_is_not_done(
+    pico: Path, tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """More memory or less, another checkpoint interval: the result is the same."""
-    begun = recipe(pico, tmp_path / "m", save_every=9)
-    claim(begun)
-    for change in ({"activation_checkpointing": True}, {"tokens_per_pass": 300}, {"keep": 1}):
-        claim(recipe(pico, tmp_path / "m", **change))
+    interrupt(recipe(pico, tmp_path / "m", save_every=9), 5)
+    interrupt(recipe(pico, tmp_path / "m", keep=1), 4)
     out = loop.run(recipe(pico, tmp_path / "m", activation_checkpointing=True, tokens_per_pass=300))
+    assert "going on from step 9 of 20" in capsys.readouterr().err
     assert [line["loss"] for line in metrics(out)] == pytest.approx([line["loss"] for line in metrics(trained)], rel=1e-4)
     manifest = folders.read_manifest(out) or {}
     assert manifest["recipe"]["train"]["activation_checkpointing"] and manifest["recipe"]["train"]["tokens_per_pass"] == 300
@@ -421,7 +494,7 @@ def test_how_a_run_is_computed_may_change_while_it_is_not_done(pico: Path, tmp_p
 
 def test_activation_checkpointing_computes_layers_anew(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, attend = [], attention.segment_attention
-    monkeypatch.setattr(results, "write", lambda *rest: tmp_path)
+    monkeypatch.setattr(results, "write", lambda *rest, **options: tmp_path)
     for switch in (False, True):
         calls.append(0)
 
@@ -602,6 +675,18 @@ def test_every_shipped_recipe_is_read() -> None:
     assert shipped
     for file in shipped:
         assert load_recipe(Path(file.stem)).train.num_steps > 0
+
+
+def test_the_name_of_a_shipped_recipe_is_that_recipe_whatever_lies_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").mkdir()  # as `make quickstart` leaves it
+    assert load_recipe(Path("quickstart")).model == "smollm2-135m"
+    with pytest.raises(UserError, match="quickstart is not the folder of a training run"):
+        load_recipe(Path("./quickstart").resolve())
+    with pytest.raises(UserError, match=r"no recipe fastest: neither a file, nor the folder of a run, nor a name \(lora-8b, mt-llama-7b, "):
+        load_recipe(Path("fastest"))
+    known = " ".join(CliRunner().invoke(app, ["train", "run", "--help"]).stdout.split())
+    assert all(file.stem in known for file in (Path(loop.__file__).parents[1] / "recipes").glob("*.yaml"))
 
 
 def test_values_on_the_command_line_win_over_the_recipe() -> None:

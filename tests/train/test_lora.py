@@ -23,7 +23,7 @@ from mtllama.model import adapter
 from mtllama.model.find import find_model
 from mtllama.model.load import load_model
 from mtllama.train import journal, loop, lora, state
-from mtllama.train.objective import target_losses
+from mtllama.train.objective import Objective, target_losses
 from mtllama.train.recipe import LoraConfig, Recipe, TrainConfig
 from mtllama.weights import delta
 from mtllama.weights.restore import apply, open_target
@@ -69,6 +69,22 @@ def loss(folder: Path) -> float:
 @pytest.fixture(scope="module")
 def merged(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return loop.run(recipe(pico, tmp_path_factory.mktemp("merged") / "model"))
+
+
+@pytest.mark.parametrize("tokens_per_pass", [64, 2048])
+def test_what_is_frozen_has_no_gradients(pico: Path, tmp_path: Path, tokens_per_pass: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head and embedding make theirs by themselves where they are trained: one that nobody asks for is as large as a vocabulary is long."""
+    seen: list[tuple[bool, bool]] = []
+    backward = loop.backward
+
+    def looked_at(objective: Objective, *rest: Any) -> torch.Tensor:
+        losses = backward(objective, *rest)
+        seen.extend((each.requires_grad, each.grad is not None) for each in objective.parameters())
+        return losses
+
+    monkeypatch.setattr(loop, "backward", looked_at)
+    loop.run(recipe(pico, tmp_path / "m", examples=8, tokens_per_pass=tokens_per_pass))
+    assert set(seen) == {(True, True), (False, False)}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Training on two ranks over gloo: the same losses as one process, sharded state, one folder, one line where a rank fails."""
 
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -147,6 +148,14 @@ def test_two_ranks_have_the_losses_of_one_process_in_bfloat16(two: Two, calm: Pa
     )
     assert ours == pytest.approx(theirs, abs=1e-3)
     assert ours[0] != pytest.approx(exact[0], abs=1e-5)  # it was another compute dtype
+
+
+def test_each_step_is_dealt_out_by_length(two: Two, one: Path) -> None:
+    steps = list(zip(*(seen["fsdp"]["tokens"] for seen in two.seen), strict=True))
+    totals = [line["tokens"] for line in metrics(one)]
+    assert [sum(tokens) for tokens in steps] == [totals[0], *(after - before for before, after in itertools.pairwise(totals))]
+    assert all(abs(first - second) <= 0.2 * (first + second) for first, second in steps[:-1])
+    assert sorted(map(bool, steps[-1])) == [False, True], "the last step has one example"
 
 
 def test_each_rank_holds_its_rows_and_never_the_whole_model(two: Two) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtllama import folders
+from mtllama.errors import UserError
 from mtllama.train import state
 from mtllama.train.parallel import Ranks
 
@@ -139,13 +140,16 @@ def test_a_torn_checkpoint_is_passed_over_with_a_word(damage, tmp_path: Path, ca
     assert "step-0000002" in said and "passed over" in said and len(said.splitlines()) == 1
 
 
-def test_a_state_of_another_model_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_states_of_which_none_can_be_read_are_refused_and_stay(tmp_path: Path) -> None:
+    """They are of another model here; a disk that fails for a moment must not cost a run its work either."""
     model, optimizer = trained([5, 2], seed=0)
-    state.save(tmp_path, 1, model, optimizer, {}, keep=3, ranks=Ranks())
-    for sizes in ([5, 3], [5, 2, 2]):
-        other, again = trained(sizes, seed=1, steps=1)
-        assert state.restore(tmp_path, other, again, Ranks()) == (0, {})
-        assert "passed over" in capsys.readouterr().err
+    for step, what in ((1, "step-0000001 cannot be read"), (2, r"step-0000001 cannot be read .*, nor can those after it")):
+        state.save(tmp_path, step, model, optimizer, {}, keep=3, ranks=Ranks())
+        for sizes in ([5, 3], [5, 2, 2]):
+            other, again = trained(sizes, seed=1, steps=1)
+            with pytest.raises(UserError, match=f"{what}.*; mend that, or remove {tmp_path} to begin anew"):
+                state.restore(tmp_path, other, again, Ranks())
+    assert state.restore(tmp_path, model, optimizer, Ranks())[0] == 2
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:

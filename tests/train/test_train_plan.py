@@ -77,6 +77,12 @@ def test_less_is_kept_with_checkpointing_and_adapters_have_few_moments(pico: Pat
     adapted = plans.plan(replace(recipe(str(pico)), lora=LoraConfig(rank=4)), device=CPU)
     assert 0 < adapted.trained < usual.trained / 4 and adapted.memory.moments == 8 * adapted.trained
     assert adapted.flops < usual.flops
+    alone, shared = (
+        plans.plan(replace(recipe(str(pico), dtype="bfloat16"), lora=LoraConfig(rank=4)), ranks=ranks, device=CUDA).memory
+        for ranks in (1, 2)
+    )
+    # The base is in the compute dtype: what is gathered, two layers, embedding and head, is no more than the model and its adapters.
+    assert alone.casts == 0 < shared.casts <= 2 * adapted.parameters
 
 
 def test_gradients_count_beside_activations_where_a_step_has_several_passes(pico: Path) -> None:
@@ -181,7 +187,7 @@ def test_what_a_plan_says_is_needed_is_within_15_percent_of_a_short_run(settings
     planned = plans.plan(wanted, device=CPU).memory.needed
     program = (
         "import sys, json, resource; from pathlib import Path; from mtllama.train import loop; from mtllama.train.recipe import load_recipe;"
-        "loop.result.write = lambda *rest: None; loop.run(load_recipe(Path(sys.argv[1]), sys.argv[2:]));"
+        "loop.result.write = lambda *rest, **options: None; loop.run(load_recipe(Path(sys.argv[1]), sys.argv[2:]));"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
     words = [sys.executable, "-c", program, "quickstart", f"out={tmp_path / 'm'}", f"model={smollm2}"]

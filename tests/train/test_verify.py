@@ -111,6 +111,9 @@ def test_the_command_prints_each_finding_as_it_comes_and_its_status_tells(monkey
     monkeypatch.setattr(verification, "verify", lambda *rest, **options: breaks_off())
     assert "packing: holds" in CliRunner().invoke(app, ["train", "verify", "quickstart"]).stdout
     monkeypatch.undo()
+    monkeypatch.setattr(verification, "verify", lambda recipe, what, **options: iter([replace(good, what=" and ".join(what))]))
+    assert "packing and resume: holds" in CliRunner().invoke(app, ["train", "verify", "quickstart", "--what", "packing, resume"]).stdout
+    monkeypatch.undo()
     wrong = CliRunner().invoke(app, ["train", "verify", "quickstart", "--what", "speed"])
     assert wrong.exit_code == 1 and "choose from packing, accumulation, resume, ranks" in str(wrong.exception)
 

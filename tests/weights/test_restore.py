@@ -473,7 +473,7 @@ def test_output_is_not_overwritten_without_overwrite(pico: Path, target: Path, m
         lambda overwrite: delta.make(pico, target, out, overwrite=overwrite),
     ]
     for act in actions:
-        with pytest.raises(UserError, match="is not empty; choose another --out, or pass --overwrite"):
+        with pytest.raises(UserError, match="is not empty; choose another output folder, or pass --overwrite"):
             act(False)
         assert (out / "mine").read_text(encoding="utf-8") == "kept" and len(list(tmp_path.iterdir())) == 1
     actions[0](True)

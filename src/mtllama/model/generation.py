@@ -13,8 +13,8 @@ Reason = Literal["stop", "length"]
 """Why a continuation ended: its end marker or a stop string; or a limit."""
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer makes of bytes that are no whole character (yet)."""
-LONGEST_CHARACTER = 4
-"""Bytes of a character in UTF-8, so tokens that it may take."""
+LONGEST_PART = 3
+"""Bytes of a character in UTF-8 before its last one, so tokens that wait for those which are still to come."""
 CONTEXT = 8
 """Tokens of a prompt that its continuation is decoded with: more than a character takes."""
 
@@ -68,16 +68,24 @@ class TextStream:
         self._ids = list(context[-CONTEXT:])
         self._context, self._decoded = 0, len(self._ids)  # tokens [context:decoded] are text already, and are decoded with the next ones
         self._held = ""  # text that may be the beginning of a stop string
+        self._special = frozenset(id for id, added in tokenizer.added_tokens_decoder.items() if added.special)
         self._blank = strip  # whether nothing but blanks has come so far
 
     def push(self, token: int) -> str:
         """What may be shown behind one more token; `stopped` is set once a stop string is whole."""
+        if token in self._special:
+            return ""
         self._ids.append(token)
         before, text = self._decode(self._ids[self._context : self._decoded]), self._decode(self._ids[self._context :])
-        waiting = len(self._ids) - self._decoded
-        if len(text) <= len(before) or (text.endswith(BROKEN) and waiting < LONGEST_CHARACTER):
+        settled = len(self._ids)
+        if text.endswith(BROKEN):  # what stands before the last few is no part of a character that is still to come
+            whole, settled = text, max(self._decoded, settled - LONGEST_PART)
+            text = self._decode(self._ids[self._context : settled])
+            if not whole.startswith(text):  # a token may end one character and begin another
+                return ""
+        if len(text) <= len(before):
             return ""
-        self._context, self._decoded = self._decoded, len(self._ids)
+        self._context, self._decoded = self._decoded, settled
         return self._show(text[len(before) :])
 
     def finish(self) -> str:

@@ -67,17 +67,17 @@ class LoadedModel:
             "folder": str(self.source.folder),
             "delta": str(self.source.delta) if self.source.delta else None,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "weights_sha256": weights_digest(self.source),
+            "weights_sha256": weights_digest(self.source.folder, self.source.delta),
             "recipe": manifest.get("recipe"),
         }
 
 
-def weights_digest(source: ModelFolder) -> str:
-    """A short digest of the weight files (and the delta's), so that a result names what was measured."""
+def weights_digest(*sources: Path | None) -> str:
+    """A digest of the weight files of a model's folder (and its delta's), so that a result names what was measured."""
     import hashlib
 
     digest = hashlib.sha256()
-    for folder in filter(None, (source.folder, source.delta)):
+    for folder in filter(None, sources):
         for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
             digest.update(folders.sha256_file(file).encode())
     return digest.hexdigest()

@@ -130,7 +130,9 @@ class Trees:
                 branch[end : end + answer] = number
                 place[end : end + answer] -= end - part.length
                 end += answer
-            self.blocks += _blocks((first, last), self.starts[-1], part.length, branch)
+            # One answer alone is to its prompt what more prompt would be: its blocks need not be as wide as it is long.
+            plain = length if len(part.answers) == 1 else part.length
+            self.blocks += _blocks((first, last), self.starts[-1], plain, branch)
             self.starts.append(self.starts[-1] + length)
             places.append(place)
             branches.append(branch)
@@ -266,7 +268,8 @@ class Step:
 
 
 def _blocks(before: tuple[int, int], start: int, prompt: int, branch: torch.Tensor) -> list[_Block]:
-    """The blocks of one part: those of the prompt, whose first places all see whole blocks before them, then those of the answers."""
+    """The blocks of one part: those of the prompt (or what is as one), whose first places all see whole blocks before them, then those of the
+    answers."""
     blocks = []
     for first in range(0, prompt, ROWS):
         last = min(first + ROWS, prompt)

@@ -91,12 +91,10 @@ class Completion(Answer):
     def _choice(self, index: int, text: str, tokens: list[TokenLogprob], reason: str | None, *, echo: bool) -> dict[str, Any]:
         logprobs = None
         if self.request.logprobs is not None:
-            told: list[tuple[int, TokenLogprob | None]] = [(each.token, each) for each in tokens]
-            if echo:
-                told = self._prompt_logprobs(index // self.per_prompt) + told
+            echoed = self._prompt_logprobs(index // self.per_prompt) if echo else []
             if index not in self._offsets:
                 self._offsets[index] = self._first_offsets(index // self.per_prompt, echo)
-            logprobs = self._logprobs(told, self._offsets[index])
+            logprobs = self._logprobs(echoed, tokens, self._offsets[index])
         shown = self._echoed(index) + text if echo else text
         return {"index": index, "text": shown, "logprobs": logprobs, "finish_reason": reason}
 
@@ -122,7 +120,8 @@ class Completion(Answer):
                 offsets.unwritten(len(ids) - len(text))
         return offsets
 
-    def _logprobs(self, told: list[tuple[int, TokenLogprob | None]], offsets: Offsets) -> dict[str, Any]:
+    def _logprobs(self, echoed: list[tuple[int, TokenLogprob | None]], tokens: list[TokenLogprob], offsets: Offsets) -> dict[str, Any]:
+        told = [*echoed, *((each.token, each) for each in tokens)]
         tops: list[dict[str, float] | None] = []
         for _, each in told:
             if each is None:
@@ -137,7 +136,7 @@ class Completion(Answer):
             "tokens": [self.tokens.text(token) for token, _ in told],
             "token_logprobs": [each.logprob if each else None for _, each in told],
             "top_logprobs": tops,
-            "text_offset": offsets.take(token for token, _ in told),
+            "text_offset": offsets.take(token for token, _ in echoed) + offsets.take((each.token for each in tokens), special=False),
         }
 
     def body(self, texts: list[str], updates: list[list[Update]], usage: dict[str, int]) -> dict[str, Any]:

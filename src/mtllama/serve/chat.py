@@ -59,8 +59,22 @@ class Chat:
         """Ids of the dialogue with `text` behind it, and how many new tokens there is room for; the oldest turns are forgotten first."""
         encoder = self.engine.encoder
         room = min(self.max_new_tokens, encoder.max_length // 2)
-        ids, cut = encoder.prompt_ids(text, self.history, room=room)
-        while cut and self.history:
-            del self.history[0]
-            ids, cut = encoder.prompt_ids(text, self.history, room=room)
-        return ids, room
+        self._forget_all_but_the_last(2 * encoder.max_length)
+        fewest, most = 0, len(self.history)  # turns to forget: the fewest behind which the rest fits, or all
+        while fewest < most:
+            half = (fewest + most) // 2
+            if encoder.prompt_ids(text, self.history[half:], room=room)[1]:
+                fewest = half + 1
+            else:
+                most = half
+        del self.history[:fewest]
+        return encoder.prompt_ids(text, self.history, room=room)[0], room
+
+    def _forget_all_but_the_last(self, tokens: int) -> None:
+        """Forget the turns before the last so many tokens: each turn is read once, however many there are."""
+        for number in range(len(self.history) - 1, -1, -1):
+            turn = self.history[number]
+            tokens -= len(self.engine.encoder.raw_continuation_ids(f"{turn.inputs}\n{turn.answer}"))
+            if tokens < 0:
+                del self.history[:number]
+                return

@@ -25,8 +25,6 @@ FILES = (
     "/gradio_api/file",
     "/gradio_api/proxy",
     "/gradio_api/stream",
-    "/proxy",
-    "/file",
 )
 """Where gradio takes files, which it keeps on the disk for as long as it runs, and hands them out, or what another server has; the page has no
 use for any."""

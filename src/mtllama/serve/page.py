@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+# Calls are not kept in the browser, nor in a bucket of a hub, which the server would have to reach. Read when the page is mounted.
+os.environ["GRADIO_RUN_HISTORY"] = "False"
 
 import gradio as gr
 from fastapi import FastAPI
@@ -29,6 +31,8 @@ USER = "mtllama"
 REPORT = "/report-files"
 FIRST_TASK = "copa"
 MAX_TOKENS = 512
+QUEUE = 64
+"""Events of all visitors that wait; one more is told that the queue is full."""
 NOTHING = "(it says nothing)"
 """Stands in the dialogue for an answer without a word."""
 FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
@@ -75,17 +79,23 @@ class Page:
         return (self.model, self.other) if self.other else (self.model,)
 
 
+def require_report(folder: Path) -> None:
+    """Refuse a folder that is no report's."""
+    if not (folder / "report.html").is_file():
+        raise UserError(f"{folder} has no report.html; make it: mtllama report RUN... --out {folder}")
+
+
 def mount(app: FastAPI, page: Page, *, password: str | None = None) -> FastAPI:
     """Put the page at the root of a server. With a password, whoever comes logs in first."""
     if page.report:
-        if not (page.report / "report.html").is_file():
-            raise UserError(f"{page.report} has no report.html; make it: mtllama report RUN... --out {page.report}")
+        require_report(page.report)
         if password is None:  # files of a folder know no log-in
             app.mount(REPORT, StaticFiles(directory=page.report), name="report")
     theme = gr.themes.Default(font=FONTS, font_mono=MONO)
     blocks = _blocks(page, framed=password is None)
     # What `launch` would set: without it gradio takes any path of this machine in a message for a file that was sent, and hands it out.
     blocks.has_launched = True
+    blocks.queue(max_size=QUEUE, api_open=False)  # open, the routes of an interface would let anybody past the queue
     mounted: FastAPI = gr.mount_gradio_app(
         app,
         blocks,

@@ -46,13 +46,6 @@ class _Sampled(_Request):
     seed: Seed | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    frequency_penalty: Number | None = Field(None, description="Not served; must be 0.")
-    presence_penalty: Number | None = Field(None, description="Not served; must be 0.")
-    repetition_penalty: Number | None = Field(None, description="Not served; must be 1.")
-    top_k: int | None = Field(None, description="Not served; must be 0 or -1, all tokens.")
-    min_p: Number | None = Field(None, description="Not served; must be 0.")
-    logit_bias: dict[Any, Any] | None = Field(None, description="Not served; must be empty.")
-    stop_token_ids: list[Any] | None = Field(None, description="Not served; must be empty.")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -61,39 +54,44 @@ class _Sampled(_Request):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, fields: Any) -> Any:
+    def _served(cls, fields: Any) -> Any:
         if isinstance(fields, dict):
-            for name in _OTHERS:
-                if fields.get(name):
+            for name, harmless in _NOT_SERVED.items():
+                value = fields.get(name)
+                if name == "response_format" and isinstance(value, dict):
+                    value = value.get("type", "") if value else None
+                if value is not None and value not in harmless:
                     raise ValueError(f"{name} is not served; leave it out")
         return fields
 
     @model_validator(mode="after")
-    def _served(self) -> Any:
-        for name, harmless in _HARMLESS.items():
-            value = getattr(self, name)
-            if value is not None and value not in harmless:
-                raise ValueError(f"{name} is not served; leave it out")
+    def _likeliest(self) -> Any:
         if self.top_p == 0:  # the smallest set of tokens that there is: the likeliest one
             self.top_p, self.temperature = None, 0.0
         return self
 
 
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
+_EMPTY: tuple[Any, ...] = ("", {}, [])
+_NOT_SERVED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens", "no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(("mirostat", "dry_multiplier", "xtc_probability"), (0,)),
+    **dict.fromkeys(("repetition_penalty", "repeat_penalty", "typical_p", "length_penalty"), (1,)),
+    **dict.fromkeys(
+        ("logit_bias", "stop_token_ids", "bad_words", "allowed_token_ids", "suffix", "chat_template", "tools", "functions"), _EMPTY
+    ),
+    **dict.fromkeys(
+        ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema"), _EMPTY
+    ),
+    **dict.fromkeys(("ignore_eos", "use_beam_search", "include_stop_str_in_output", "continue_final_message"), (False,)),
+    **dict.fromkeys(("add_special_tokens", "skip_special_tokens"), (True,)),
     "top_k": (0, -1),
-    "min_p": (0,),
-    "logit_bias": ({},),
-    "stop_token_ids": ([],),
+    "truncate_prompt_tokens": (),
+    "tool_choice": ("none", "auto"),
+    "modalities": (["text"],),
+    "response_format": ("text",),
 }
-"""Values of what is not served that change nothing, and that clients send of their own accord."""
-_OTHERS = (
-    *("ignore_eos", "min_tokens", "bad_words", "allowed_token_ids", "typical_p", "use_beam_search", "structured_outputs"),
-    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema"),
-)
-"""Fields of other servers that would change an answer, too."""
+"""What would change an answer in the interface of OpenAI, vLLM or llama.cpp, and is not served; and its values that change nothing, which
+clients send of their own accord."""
 
 
 class CompletionRequest(_Sampled):
@@ -111,12 +109,9 @@ class CompletionRequest(_Sampled):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: int | None = Field(None, description="Not served beyond n.")
-    suffix: str | None = Field(None, description="Not served.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Any:
-        if self.suffix:
-            raise ValueError("suffix is not served; leave it out")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of is not served beyond n; leave it out")
         if self.max_tokens == 0 and not self.echo:
@@ -160,18 +155,11 @@ class ChatRequest(_Sampled):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: list[Any] | None = Field(None, description="Not served.")
-    functions: list[Any] | None = Field(None, description="Not served.")
-    response_format: dict[Any, Any] | None = Field(None, description="Not served but for {'type': 'text'}.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Any:
-        if self.tools or self.functions:
-            raise ValueError(f"{'tools' if self.tools else 'functions'} are not served; leave them out")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        if self.response_format and self.response_format.get("type") != "text":
-            raise ValueError("response_format is not served; leave it out")
         roles = [message.role for message in self.messages]
         turns = roles[1:] if roles[0] in ("system", "developer") else roles
         if len(turns) % 2 == 0 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):

@@ -17,6 +17,7 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.special = frozenset(id for id, added in tokenizer.added_tokens_decoder.items() if added.special)
         self._added: dict[int, str] = {id: str(added.content) for id, added in tokenizer.added_tokens_decoder.items()}
         backend = getattr(tokenizer, "backend_tokenizer", None)
         steps = json.loads(backend.decoder.__getstate__()) if backend is not None and backend.decoder is not None else {}
@@ -52,12 +53,13 @@ class Offsets:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._place = 0
 
-    def take(self, tokens: Iterable[int]) -> list[int]:
-        """The places of the next tokens."""
+    def take(self, tokens: Iterable[int], *, special: bool = True) -> list[int]:
+        """The places of the next tokens; `special`: whether special ones are written in the text, as in a prompt's, not in an answer's."""
         found = []
         for token in tokens:
             found.append(max(self._place, 0))
-            self._place += len(self._decoder.decode(self._tokens.of(token)))
+            if special or token not in self._tokens.special:
+                self._place += len(self._decoder.decode(self._tokens.of(token)))
         return found
 
     def unwritten(self, characters: int) -> None:

@@ -66,9 +66,10 @@ def run(recipe: Recipe, *, overwrite: bool = False, ranks: Ranks | None = None) 
         if start:
             say(f"going on from step {start} of {train.num_steps}")
         ranks.once(lambda: work.note_changes(folder, train, objective.compute, start))
-        _steps(recipe, objective, optimizer, mixture, encoder, folder, start, totals, ranks)
+        with _enough_memory(folder):
+            _steps(recipe, objective, optimizer, mixture, encoder, folder, start, totals, ranks)
         ranks.once(lambda: _account(folder, totals))
-        return result.write(recipe, loaded, encoder, folder, totals, ranks)
+        return result.write(recipe, loaded, encoder, folder, totals, ranks, overwrite=overwrite)
 
 
 def _load(recipe: Recipe, ranks: Ranks) -> tuple[LoadedModel, Objective]:
@@ -88,9 +89,10 @@ def _load(recipe: Recipe, ranks: Ranks) -> tuple[LoadedModel, Objective]:
     model = loaded.model
     if loaded.max_length < train.max_length:
         say(f"train.max_length is {train.max_length}, but the model reads {loaded.max_length} tokens; longer prompts lose their middle")
-    objective, fill_part = Objective(model, compute), fill(loaded) if ranks.sharded else None
+    fill_part = fill(loaded) if ranks.sharded else None
     if recipe.lora:
         lora.add(model, recipe.lora)
+    objective = Objective(model, compute)  # which looks at what is trained
     if train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     inner = set(model.get_decoder().layers)
@@ -191,6 +193,20 @@ def _steps(
                 raise UserError(
                     f"interrupted after step {step + 1} of {train.num_steps}; kept in {folder}: the same command goes on from there"
                 )
+
+
+@contextlib.contextmanager
+def _enough_memory(folder: Path) -> Iterator[None]:
+    """What says that there was too little memory becomes one line that says what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            raise UserError(
+                f"out of memory ({' '.join(str(error).split())[:120]}); give the same command with a lower train.tokens_per_pass, or with "
+                f"train.activation_checkpointing=true: it goes on from the last checkpoint in {folder} (mtllama train plan tells what is needed)"
+            ) from error
+        raise
 
 
 def _clear(parameters: list[torch.nn.Parameter]) -> None:

@@ -137,7 +137,8 @@ def plan(recipe: Recipe, *, ranks: int = 1, device: torch.device | None = None) 
     narrow = compute.itemsize if compute != torch.float32 else 0
     if sharded:  # one layer is there in the compute dtype, the next one comes; embedding and head are gathered as they are
         rest = total - sum(parameter.numel() for parameter in layers.parameters())
-        casts = 2 * matrices / len(layers) * (narrow or 4) + rest * 4 + head * narrow
+        # Adapters' bases are in the compute dtype, and so gathered; of a head that is trained there is a copy in it, too.
+        casts = 2 * matrices / len(layers) * (narrow or 4) + (rest * compute.itemsize if recipe.lora else rest * 4 + head * narrow)
     else:
         # With adapters the base is in the compute dtype already; on a CPU a head that is trained is cast slice by slice.
         casts = 0 if recipe.lora else (matrices + (0 if device.type == "cpu" else head)) * narrow

@@ -156,14 +156,18 @@ class Recipe:
 
 
 def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from a YAML file, from the folder of a run, or one that is shipped, by its name (`quickstart`).
+    """A recipe that is shipped, by its name (`quickstart`), or from a YAML file or the folder of a run (`./quickstart`, if it is named so).
 
     `key=value` words win over it.
     """
+    shipped = {file.name.removesuffix(".yaml"): Path(str(file)) for file in resources.files("mtllama").joinpath("recipes").iterdir()}
+    if str(recipe) in shipped:
+        return load_config(Recipe, shipped[str(recipe)], overrides)
     if recipe.is_dir():
         return _recipe_of_run(recipe, overrides)
-    shipped = Path(str(resources.files("mtllama").joinpath("recipes", recipe.name + ".yaml")))
-    return load_config(Recipe, shipped if not recipe.exists() and shipped.is_file() else recipe, overrides)
+    if not recipe.exists():
+        raise UserError(f"no recipe {recipe}: neither a file, nor the folder of a run, nor a name ({', '.join(sorted(shipped))})")
+    return load_config(Recipe, recipe, overrides)
 
 
 def _recipe_of_run(folder: Path, overrides: Sequence[str]) -> Recipe:

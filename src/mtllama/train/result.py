@@ -22,8 +22,10 @@ from mtllama.train.recipe import CHANGES, DATA, Recipe
 from mtllama.weights.shards import CheckpointReader, CheckpointWriter, TensorInfo, raw_bytes
 
 
-def write(recipe: Recipe, loaded: LoadedModel, encoder: PromptEncoder, work: Path, totals: Totals, ranks: Ranks) -> Path:
-    """Write the result to the recipe's `out`, and remove the working folder. All ranks."""
+def write(
+    recipe: Recipe, loaded: LoadedModel, encoder: PromptEncoder, work: Path, totals: Totals, ranks: Ranks, *, overwrite: bool
+) -> Path:
+    """Write the result to the recipe's `out`, where it replaces what is there only if `overwrite`, and remove the working folder. All ranks."""
     from transformers import GenerationConfig
 
     model, tokenizer, format, source = loaded.model, loaded.tokenizer, loaded.format, loaded.source
@@ -36,7 +38,7 @@ def write(recipe: Recipe, loaded: LoadedModel, encoder: PromptEncoder, work: Pat
         stop_strings=[format.end] if format.end else None,
     )
     kept = recipe.lora is not None and not recipe.lora.merge
-    with ranks.new_folder(recipe.out, overwrite=True) as folder:
+    with ranks.new_folder(recipe.out, overwrite=overwrite) as folder:
         if recipe.lora is None:
             _write_weights(model, _stored_dtype(source.folder, recipe.save_dtype), folder, ranks)
         else:

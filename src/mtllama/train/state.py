@@ -14,6 +14,7 @@ import safetensors
 import torch
 
 from mtllama import folders
+from mtllama.errors import UserError
 from mtllama.progress import say
 from mtllama.train.parallel import Ranks
 from mtllama.weights.shards import SafetensorsWriter, TensorInfo, raw_bytes
@@ -93,7 +94,8 @@ def _write(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
 def restore(checkpoints: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> tuple[int, dict[str, Any]]:
     """Load the newest whole state into model and optimiser; returns its step (0 if there is none) and totals. All ranks.
 
-    It may be of any number of ranks. A checkpoint that cannot be read is named and passed over.
+    It may be of any number of ranks. A checkpoint that cannot be read is named and passed over; where none can, that is
+    refused: what keeps them from being read may pass, and a run that began anew would come to replace them.
     """
     found = ranks.once(lambda: _newest(checkpoints, model))
     if found is None:
@@ -137,11 +139,17 @@ class _File:
 
 
 def _newest(checkpoints: Path, model: torch.nn.Module) -> tuple[Path, dict[str, Any]] | None:
-    for folder in sorted(checkpoints.glob("step-*"), reverse=True):
+    found = sorted(checkpoints.glob("step-*"), reverse=True)
+    for folder in found:
         fault = _fault(folder, model)
         if fault is None:
             return folder, folders.read_json(folder / STATE)
-        say(f"checkpoint {folder} cannot be read ({' '.join(str(fault).split())[:120]}); passed over")
+        why = f"checkpoint {folder} cannot be read ({' '.join(str(fault).split())[:120]})"
+        if folder is found[-1]:
+            raise UserError(
+                f"{why}{', nor can those after it' if len(found) > 1 else ''}; mend that, or remove {checkpoints} to begin anew"
+            )
+        say(f"{why}; passed over")
     return None
 
 

@@ -25,6 +25,7 @@ from mtllama.model.load import pick_device
 from mtllama.progress import progress
 from mtllama.train.journal import METRICS
 from mtllama.train.recipe import RECIPE, ParallelConfig, Recipe
+from mtllama.train.state import folder_of
 from mtllama.weights.shards import CheckpointReader
 
 WHAT = ("packing", "accumulation", "resume", "ranks")
@@ -67,7 +68,8 @@ class Finding:
 def verify(recipe: Recipe, what: Sequence[str] = WHAT, *, steps: int = STEPS) -> Iterator[Finding]:
     """Compare ways to do the first `steps` steps of a recipe that must come to the same; each finding comes as soon as it is made.
 
-    packing: examples one behind the other, against each in a pass of its own. accumulation: one pass a step, against several.
+    packing: examples one behind the other in passes as large as the recipe's, against each in a pass of its own. accumulation: such passes,
+    against some of a third of their size.
     resume: killed with SIGKILL after a checkpoint and started again, against in one go. ranks: two processes, against one.
     """
     for each in what:
@@ -84,8 +86,8 @@ def verify(recipe: Recipe, what: Sequence[str] = WHAT, *, steps: int = STEPS) ->
         spike=0.0,
         tensorboard=False,
     )
-    longest = max(1, train.batch_size * train.max_length)
-    train = replace(train, tokens_per_pass=longest)
+    # As large as the recipe's own pass, so that it fits where the recipe does, but for room for two of the longest examples.
+    train = replace(train, tokens_per_pass=max(train.tokens_per_pass, 2 * train.max_length))
     one = replace(recipe, out=work / "one", train=train, parallel=ParallelConfig(), save_dtype="auto" if recipe.lora else "float32")
     if one.lora:
         one = replace(one, lora=replace(one.lora, merge=True))
@@ -101,7 +103,7 @@ def _findings(one: Recipe, what: Sequence[str]) -> Iterator[Finding]:
             for left in work.iterdir():  # by a run that was killed
                 if left.is_dir():
                     shutil.rmtree(left)
-            for number, each in enumerate(("one pass a step", *what)):
+            for number, each in enumerate(("the run to compare with", *what)):
                 # No bar stands while a finding is looked at: what is printed beside one goes to standard error.
                 with progress("verify", 1 + len(what), done=number) as advance:
                     advance(0, note=f"{each},")
@@ -125,12 +127,13 @@ def _compare(what: str, one: Recipe) -> Finding:
         return Finding(what, "", one.train.num_steps, None, None, None, holds=None, why=why)
     if what == "packing":
         other = replace(other, train=replace(one.train, tokens_per_pass=1))
-        ways = f"all {one.train.batch_size} examples of a step behind each other, and each alone"
+        ways = f"examples behind each other in passes of {one.train.tokens_per_pass} tokens, and each alone"
         _run(other)
     elif what == "accumulation":
-        tokens = _lines(one)[0]["tokens"] // 3 + 1
+        whole = min(one.train.tokens_per_pass, _lines(one)[0]["tokens"])
+        tokens = whole // 3 + 1
         other = replace(other, train=replace(one.train, tokens_per_pass=tokens))
-        ways = f"one pass a step, and passes of {tokens} tokens"
+        ways = f"passes of {whole} tokens, and of {tokens}"
         _run(other)
     elif what == "resume":
         ways = "in one go, and killed after a checkpoint and started again"
@@ -171,6 +174,8 @@ def _run(recipe: Recipe, ranks: int = 1, *, on_cpu: bool = False) -> None:
         raise UserError(f"a run to compare with was not done after {LIMIT:.0f} s; verify with fewer --steps, or a smaller model") from error
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()]
+        if done.returncode == -signal.SIGKILL:
+            raise UserError("a run to compare with was killed; was there too little memory? It needs what one process does in float32")
         why = next((line for line in last if line.startswith("mtllama: ")), last[-1] if last else f"status {done.returncode}")
         raise UserError(f"a run to compare with failed: {why.removeprefix('mtllama: ')}")
 
@@ -178,17 +183,19 @@ def _run(recipe: Recipe, ranks: int = 1, *, on_cpu: bool = False) -> None:
 def _run_killed(recipe: Recipe) -> None:
     """Run it, kill it after its first checkpoint, and run it again to the end."""
     checkpoints = recipe.beside("partial") / "checkpoints"
+    last = folder_of(checkpoints, recipe.train.num_steps)
     for _ in range(TRIES):
         process = subprocess.Popen(_command(recipe, 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         began = time.monotonic()
         while process.poll() is None and not any(checkpoints.glob("step-*")) and time.monotonic() - began < LIMIT:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-        if process.wait() == -signal.SIGKILL and any(checkpoints.glob("step-*")):
+        if process.wait() == -signal.SIGKILL and any(checkpoints.glob("step-*")) and not last.is_dir():
             return _run(recipe)
-        if process.returncode != 0:
+        if process.returncode not in (0, -signal.SIGKILL):
             return _run(recipe)  # it tells what is wrong
-        shutil.rmtree(recipe.out)
+        for left in (recipe.out, checkpoints.parent):  # all steps were done: nothing to go on with
+            shutil.rmtree(left, ignore_errors=True)
     raise UserError("the run was done before it could be killed; verify --what resume with more --steps")
 
 

@@ -9,6 +9,7 @@ from mtllama import config as configs
 from mtllama import folders
 from mtllama.data.mixture import Mixture
 from mtllama.errors import UserError
+from mtllama.model.load import weights_digest
 from mtllama.progress import say
 from mtllama.train import state
 from mtllama.train.recipe import CHANGES, DATA, RECIPE, Recipe, TrainConfig
@@ -19,12 +20,20 @@ STEERING = ("lr", "warmup_ratio", "schedule", "weight_decay", "max_grad_norm", "
 """Keys that say how far a step goes, not what is read in it: they may change, too, and from which step on they did is kept."""
 
 
+BASE = "(base)"
+"""Key of `data` under which the weights stand that are trained on from; the others are names of tasks."""
+
+
 def is_done(recipe: Recipe, mixture: Mixture, folder: Path) -> bool:
-    """Whether the result is there, of this recipe and this data. What a kill left of the run that made it goes."""
+    """Whether the result is there, of this recipe, this base and this data. What a kill left of the run that made it goes."""
     made = folders.read_manifest(recipe.out) or {}
-    if "recipe" not in made or _what(made["recipe"]) != _what(configs.to_dict(recipe)) or made.get("data") != mixture.data():
+    data = made.get("data")
+    if "recipe" not in made or _what(made["recipe"]) != _what(configs.to_dict(recipe)) or not data or _changed(data, recipe, mixture):
         return False
-    if folder.is_dir():
+    if (folder / RECIPE).is_file():
+        left = folders.read_json(folder / DATA) if (folder / DATA).is_file() else {}
+        if _what(folders.read_json(folder / RECIPE)) != _what(made["recipe"]) or left != data:
+            return True  # it is another run's, and stays
         if not state.folder_of(folder / "checkpoints", recipe.train.num_steps).is_dir():
             return False  # begun after it: to be gone on with
         with folders.locked(folder, (RECIPE,)):
@@ -32,24 +41,37 @@ def is_done(recipe: Recipe, mixture: Mixture, folder: Path) -> bool:
     return True
 
 
+def _data(recipe: Recipe, mixture: Mixture) -> dict[str, Any]:
+    """What the run is made from, by its contents: each task's data, and the base's weights, if they are in a folder (a name has but one)."""
+    local = [path for each in (recipe.model, recipe.base, recipe.delta) if each and (path := Path(each).expanduser()).is_dir()]
+    return mixture.data() | ({BASE: weights_digest(*local)[:16]} if local else {})
+
+
+def _changed(before: dict[str, Any], recipe: Recipe, mixture: Mixture) -> str | None:
+    """What of the data is not as it was, in words; None if all is."""
+    now = _data(recipe, mixture)
+    if BASE not in before:  # by a version that did not look
+        now.pop(BASE, None)
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            what = "the base" if name == BASE else f"the data of {name}"
+            return f"{what} is not what the run began with ({before.get(name, 'none of it')} then, {now.get(name, 'none of it')} now)"
+    return None
+
+
 def claim(folder: Path, recipe: Recipe, mixture: Mixture, *, overwrite: bool) -> None:
     """Begin in the working folder, or check that the run in it is of the same recipe and the same data."""
     folders.require_new(recipe.out, overwrite=overwrite)  # whoever had the folder until now may be done
-    wanted, data = configs.to_dict(recipe), mixture.data()
+    wanted = configs.to_dict(recipe)
     if (folder / RECIPE).is_file():
         if _what(folders.read_json(folder / RECIPE), *STEERING) != _what(wanted, *STEERING):
             raise UserError(f"{folder} holds an unfinished run of another recipe; remove it, or choose another out")
-        before = folders.read_json(folder / DATA) if (folder / DATA).is_file() else data
-        if changed := sorted(name for name in {*before, *data} if before.get(name) != data.get(name)):
-            then, now = (marks.get(changed[0], "none of it") for marks in (before, data))
-            raise UserError(
-                f"{folder}: the data of {changed[0]} is not what the run began with ({then} then, {now} now); "
-                "bring it back, remove the folder to begin anew, or choose another out"
-            )
+        if (folder / DATA).is_file() and (changed := _changed(folders.read_json(folder / DATA), recipe, mixture)):
+            raise UserError(f"{folder}: {changed}; bring it back, remove the folder to begin anew, or choose another out")
     state.tidy(folder / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
     folders.write_json(folder / RECIPE, wanted)  # first: it tells that the folder is ours
-    folders.write_json(folder / DATA, data)
+    folders.write_json(folder / DATA, _data(recipe, mixture))
 
 
 def _what(recipe: dict[str, Any], *but: str) -> dict[str, Any]:
