@@ -5,7 +5,7 @@
 Every server runs in a process of its own, one at a time, on the same folder, in the same dtype (bf16 where the processor multiplies it, else
 float32), on a loopback port, and is asked over HTTP the same prompts of the embedded data through `/v1/completions`, greedy and streamed:
 
-mtllama              `mtllama serve`
+mtllama              `mtllama serve --no-page`
 transformers         `transformers serve` with its defaults: one request after the other
 transformers, cb     `transformers serve --continuous-batching`, with blocks and tokens a batch given, since it has no defaults for a CPU
 llama.cpp, f16       llama.cpp's own server out of the package xllamacpp (`serve_peer.py`), with as many slots as --concurrent; the same weights in
@@ -50,7 +50,7 @@ from train import FailedError, hardware, say
 START, ANSWER = 180.0, 300.0
 """Seconds that a server has to start, and to answer."""
 WARM = 2
-"""Requests before anything is timed."""
+"""Requests before anything is timed, of prompts that are not asked again."""
 BUFFER = 2**28
 """Bytes that are read to measure memory."""
 
@@ -101,7 +101,7 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, prompt: str, new_
 async def load(url: str, model: str, asked: list[str], new_tokens: int, together: int) -> tuple[list[Answered], float]:
     """All prompts, so many under way at a time; their answers and the seconds that all took."""
     gate = asyncio.Semaphore(together)
-    async with httpx.AsyncClient(timeout=ANSWER, limits=httpx.Limits(max_connections=together + 2)) as client:
+    async with httpx.AsyncClient(timeout=ANSWER, limits=httpx.Limits(max_connections=together + 2, max_keepalive_connections=0)) as client:
 
         async def one(prompt: str) -> Answered:
             async with gate:
@@ -152,8 +152,8 @@ def measured(
                 raise FailedError(f"it did not start: {log.read_text()[-300:]}")
             time.sleep(0.1)
         started = time.perf_counter() - began
-        first, others = asked[: options.requests], asked[options.requests :]
-        warm, _ = asyncio.run(load(url, model, first[:WARM], 8, 1))
+        first, others, warming = asked[: options.requests], asked[options.requests : 2 * options.requests], asked[2 * options.requests :]
+        warm, _ = asyncio.run(load(url, model, warming, 8, 1))
         if warm[0].error:
             raise FailedError(warm[0].error)
         alone, seconds = asyncio.run(load(url, model, first, options.new_tokens, 1))
@@ -162,7 +162,8 @@ def measured(
         crowd, seconds = asyncio.run(load(url, model, others, options.new_tokens, options.concurrent))
         result["together"] = summary(crowd, seconds, tokenizer)
         result["times_as_fast_together"] = round(result["together"]["tokens_per_second"] / result["alone"]["tokens_per_second"], 2)
-        again, _ = asyncio.run(load(url, model, first, options.new_tokens, options.concurrent))
+        again, seconds = asyncio.run(load(url, model, first, options.new_tokens, options.concurrent))
+        summary(again, seconds, tokenizer)  # which tells of requests that failed
         result["same_text_as_alone"] = sum(a.text == b.text for a, b in zip(alone, again, strict=True))
         result["resident_mb"] = round(psutil.Process(process.pid).memory_info().rss / 1e6)
         say(f"{name}, together: {result['together']}")
@@ -232,8 +233,8 @@ def main() -> None:
     reader, tokenizer = CheckpointReader(folder), load_tokenizer(folder)
     dtype, width = ("bfloat16", 2) if cpu_has_bf16() else ("float32", 4)
     num_bytes = sum(math.prod(reader.info(name).shape) for name in reader) * width
-    rate, asked = read_rate(), prompts(2 * options.requests)
-    lengths = [len(tokenizer(prompt).input_ids) for prompt in asked]
+    rate, asked = read_rate(), prompts(2 * options.requests + WARM)
+    lengths = [len(tokenizer(prompt).input_ids) for prompt in asked[: 2 * options.requests]]
     bin_dir = Path(sys.executable).parent
     theirs = [str(bin_dir / "transformers"), "serve", str(folder), "--device", "cpu", "--dtype", dtype]
     paged = [
@@ -247,7 +248,10 @@ def main() -> None:
         "--no-cb-use-cuda-graph",
     ]
     servers = {
-        "mtllama": ([sys.executable, "-m", "mtllama", "serve", str(folder), "--dtype", dtype, "--name", str(folder)], str(folder)),
+        "mtllama": (
+            [sys.executable, "-m", "mtllama", "serve", str(folder), "--dtype", dtype, "--name", str(folder), "--no-page"],
+            str(folder),
+        ),
         "transformers": (theirs, str(folder)),
         "transformers, cb": ([*theirs, *paged], str(folder)),
     }
@@ -257,11 +261,11 @@ def main() -> None:
         original, half = find_gguf(), work / "mtllama-bench-f16.gguf"
         if options.model != NAME or original is None:
             parser.error(f"--llama needs the model {NAME} and the package that it comes from")
+        version = [options.llama, "-c", "from importlib.metadata import version; print(version('xllamacpp'))"]
+        versions["xllamacpp"] = subprocess.run(version, check=True, capture_output=True, text=True).stdout.strip()
         write_f16(original, half)
         peer = [options.llama, str(Path(__file__).with_name("serve_peer.py")), "--slots", str(options.concurrent)]
         servers |= {"llama.cpp, f16": ([*peer, str(half)], str(half)), "llama.cpp, Q4_1": ([*peer, str(original)], str(original))}
-        version = [options.llama, "-c", "from importlib.metadata import version; print(version('xllamacpp'))"]
-        versions["xllamacpp"] = subprocess.run(version, check=True, capture_output=True, text=True).stdout.strip()
     result: dict[str, Any] = {
         "benchmark": "serve",
         "hardware": hardware(),
@@ -277,12 +281,14 @@ def main() -> None:
         },
         "results": {},
     }
-    for name, (argv, model) in servers.items():
-        if not options.only or name in options.only:
-            log = work / f"mtllama-bench-{name.replace(', ', '-')}.log"
-            result["results"][name] = measured(name, argv, model, asked, options, tokenizer, log)
-    if options.llama:
-        half.unlink()
+    try:
+        for name, (argv, model) in servers.items():
+            if not options.only or name in options.only:
+                log = work / f"mtllama-bench-{name.replace(', ', '-')}.log"
+                result["results"][name] = measured(name, argv, model, asked, options, tokenizer, log)
+    finally:
+        if options.llama:
+            half.unlink()
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

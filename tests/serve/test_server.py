@@ -20,10 +20,11 @@ import pytest
 from served import PATIENCE, SLOW, Served, run_server
 from typer.testing import CliRunner
 
-from mtllama import api
+from mtllama import api, cli
 from mtllama.cli import app
 from mtllama.data.prompt import Turn
 from mtllama.errors import UserError
+from mtllama.evaluate import memory
 from mtllama.evaluate.endpoint import Endpoint
 from mtllama.model.engine import Engine
 from mtllama.model.find import find_model
@@ -448,6 +449,27 @@ def test_an_empty_host_or_key_is_told_before_anything_is_loaded(engine: str, mon
     monkeypatch.setenv("MTLLAMA_API_KEY", "")
     assert "the API key (--api-key, MTLLAMA_API_KEY) is empty" in told()
     assert "no model '/no/model'" in told("--api-key", "secret", "--port", "0")
+
+
+def test_the_base_stands_beside_its_delta_only_where_that_costs_the_model_nothing(
+    pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli._base_beside(None, "float32", None) is None
+    beside = cli._base_beside(str(pico), "float32", None)
+    assert isinstance(beside, Engine) and not capsys.readouterr().err.count("does not show")
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
+    assert cli._base_beside(str(pico), "float32", None) is None
+    assert "the page does not show the base beside: " in (said := capsys.readouterr().err) and "does not fit into memory" in said
+    assert cli._base_beside("/no/model", "float32", None) is None and "no model '/no/model'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "said"), [("k\x00ey", "no header can carry"), ("ключ", "no header can carry"), (" \n", "is empty")])
+def test_a_key_that_no_header_can_carry_is_told(key: str, said: str) -> None:
+    assert said in str(CliRunner().invoke(app, ["serve", "/no/model", "--api-key", key]).exception)
+
+
+def test_a_report_that_is_none_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    assert "has no report.html" in str(CliRunner().invoke(app, ["serve", "/no/model", "--report", str(tmp_path)]).exception)
 
 
 def test_lm_evals_results_over_this_server_are_the_offline_ones(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

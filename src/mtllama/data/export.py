@@ -103,17 +103,17 @@ _state: tuple[Mixture, Format]
 """What a worker process reads from."""
 
 
-def _start(mixture: Mixture, format: Format) -> None:
+def _start(mixture: Mixture, format: Format, goes_on: "multiprocessing.connection.Connection") -> None:
     global _state
     _state = mixture, format
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    threading.Thread(target=_die_with, args=(parent.sentinel, goes_on), daemon=True).start()
 
 
-def _die_with(sentinel: int) -> None:
-    """A worker whose parent was killed would else wait for work for ever."""
-    multiprocessing.connection.wait([sentinel])
+def _die_with(sentinel: int, goes_on: "multiprocessing.connection.Connection") -> None:
+    """A worker whose parent was killed would else wait for work for ever, one whose parent was stopped would write the shards it has begun."""
+    multiprocessing.connection.wait([sentinel, goes_on])
     os._exit(1)
 
 
@@ -124,13 +124,15 @@ def _work(*job: Any) -> None:
 def _in_workers(mixture: Mixture, format: Format, jobs: list[tuple[Any, ...]], workers: int, advance: Callable[..., None]) -> None:
     """Spawned, not forked: the parent holds threads of Arrow and of the tokenizers."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(mixture, format)) as pool:
+    goes_on, held = context.Pipe(duplex=False)  # the workers see its end when what is held here is closed
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(mixture, format, goes_on)) as pool:
         futures = [pool.submit(_work, *job) for job in jobs]
         try:
             for future in as_completed(futures):
                 future.result()
                 advance()
         except BaseException:
+            held.close()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 

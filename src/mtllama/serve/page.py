@@ -48,6 +48,8 @@ CSS = """
 .answer { font-size: 1.15rem; overflow-wrap: anywhere; margin: 0 0 .75rem; }
 .muted { color: var(--body-text-color-subdued); }
 .about th { display: none; }
+.about :is(table, thead, tbody, tr) { border: 0 !important; }
+.about td:first-child { white-space: nowrap; }
 .about td { border: 0; border-bottom: 1px solid var(--border-color-primary); padding: .35rem 1.5rem .35rem 0; }
 .report { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); border-radius: .5rem; background: white; }
 footer { display: none !important; }
@@ -250,7 +252,7 @@ def _chat_tab(model: Shown) -> None:
     )
     with gr.Row():
         line = gr.Textbox(placeholder="Say something", show_label=False, scale=8, max_lines=8, max_length=20_000, elem_id="say")
-        temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", scale=2, min_width=120)
+        temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", scale=2, min_width=220)
     with gr.Row():
         send, stop, reset = gr.Button("Send", variant="primary"), gr.Button("Stop"), gr.Button("Reset")
 
