@@ -53,7 +53,7 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *
         (["models", "path", "no-such-model"], "no model 'no-such-model'"),
         (["models", "path", "some/model"], "HF_HUB_OFFLINE"),
         (["models", "path", "{tmp}"], "has no config.json"),
-        (["mix", "plan", "nowhere.yaml"], "does not exist"),
+        (["mix", "plan", "nowhere.yaml"], "no recipe nowhere.yaml"),
         (["mix", "plan", "quickstart", "train.lrr=1"], "did you mean train.lr?"),
         (["mix", "plan", "quickstart", "mixture.tasks.squad=1"], "held out"),
         (["mix", "plan"], "give a recipe, or a named mixture"),

@@ -294,7 +294,7 @@ def test_a_sentencepiece_tokenizer_gives_lm_evals_ids(sentencepiece_tokenizer: A
 def test_options_that_lm_evals_tasks_do_not_use_are_refused_before_the_model_is_loaded(
     words: tuple[str, ...], ranks: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_harness", lambda *given: pytest.fail("went on all the same"))
+    monkeypatch.setattr(cli.evaluate, "_harness", lambda *given: pytest.fail("went on all the same"))
     monkeypatch.setenv("WORLD_SIZE", ranks)
     monkeypatch.setattr(sys, "argv", ["mtllama", "eval", "nowhere", "--harness", "arc_easy", "--out", str(tmp_path / "out"), *words])
     with pytest.raises(SystemExit) as ended:
@@ -306,7 +306,7 @@ def test_the_command_replaces_a_folder_of_lm_evals_results_only_when_asked(
     pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(cli, "_harness", lambda source, *given: asked.append(given))
+    monkeypatch.setattr(cli.evaluate, "_harness", lambda source, *given: asked.append(given))
     (tmp_path / "results.json").write_text("{}", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["mtllama", "eval", str(pico), "--harness", "arc_easy", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):

@@ -309,7 +309,7 @@ def test_what_is_told_of_a_model_names_its_weights(pico: Path, tuned: Path, diff
     assert [facts["recipe"] for facts in told] == [None, {"name": "tuned"}, {"name": "tuned"}]
     assert {facts["parameters"] for facts in told} == {sum(t.numel() for t in safetensors.torch.load_file(pico / SINGLE).values())}
     moved = Path(shutil.copytree(tuned, tmp_path / "elsewhere"))
-    assert load.weights_digest(find_model(str(moved))) == told[1]["weights_sha256"]
+    assert load.weights_digest(find_model(str(moved)).folder) == told[1]["weights_sha256"]
     json.dumps(told)
 
 

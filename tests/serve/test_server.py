@@ -454,13 +454,13 @@ def test_an_empty_host_or_key_is_told_before_anything_is_loaded(engine: str, mon
 def test_the_base_stands_beside_its_delta_only_where_that_costs_the_model_nothing(
     pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli._base_beside(None, "float32", None) is None
-    beside = cli._base_beside(str(pico), "float32", None)
+    assert cli.serve._base_beside(None, "float32", None) is None
+    beside = cli.serve._base_beside(str(pico), "float32", None)
     assert isinstance(beside, Engine) and not capsys.readouterr().err.count("does not show")
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
-    assert cli._base_beside(str(pico), "float32", None) is None
+    assert cli.serve._base_beside(str(pico), "float32", None) is None
     assert "the page does not show the base beside: " in (said := capsys.readouterr().err) and "does not fit into memory" in said
-    assert cli._base_beside("/no/model", "float32", None) is None and "no model '/no/model'" in capsys.readouterr().err
+    assert cli.serve._base_beside("/no/model", "float32", None) is None and "no model '/no/model'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("key", "said"), [("k\x00ey", "no header can carry"), ("ключ", "no header can carry"), (" \n", "is empty")])

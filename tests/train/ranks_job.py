@@ -34,9 +34,10 @@ def load_model(*args: Any, **options: Any) -> LoadedModel:
     return loaded
 
 
-def shard(ranks: parallel.Ranks, part: torch.nn.Module, compute: Any) -> None:
+def shard(ranks: parallel.Ranks, part: Any, compute: Any) -> None:
     """Notes how many values lie whole in the memory of a rank when a part is divided."""
-    whole = sum(parameter.numel() for parameter in part.parameters() if not isinstance(parameter, DTensor))
+    modules = part if isinstance(part, list) else [part]
+    whole = sum(parameter.numel() for each in modules for parameter in each.parameters() if not isinstance(parameter, DTensor))
     seen["whole at a time"] = max(whole, seen.get("whole at a time", 0))
     own_shard(ranks, part, compute)
 

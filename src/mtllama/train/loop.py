@@ -104,9 +104,18 @@ def _load(recipe: Recipe, ranks: Ranks) -> tuple[LoadedModel, Objective]:
             lora.start(prefix, part, train.seed)
         if fill_part:
             fill_part(prefix, part)
+            # Norms are computed with in float32 by one process, so they are gathered as they are, too.
+            if prefix and (norms := [module for module in part.modules() if _is_norm(module)]):
+                ranks.shard(norms, None)
             # Embedding and head are gathered as they are: what is looked up and added up over a step would suffer from rounding.
             ranks.shard(part if prefix else objective, compute if prefix else None)
     return loaded, objective
+
+
+def _is_norm(module: torch.nn.Module) -> bool:
+    """Whether all that a module has of its own is vectors: a bias stands beside a matrix."""
+    own = list(module.parameters(recurse=False))
+    return bool(own) and all(parameter.ndim == 1 for parameter in own)
 
 
 def _account(folder: Path, totals: Totals) -> None:

@@ -190,10 +190,8 @@ def _run_killed(recipe: Recipe) -> None:
         while process.poll() is None and not any(checkpoints.glob("step-*")) and time.monotonic() - began < LIMIT:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-        if process.wait() == -signal.SIGKILL and any(checkpoints.glob("step-*")) and not last.is_dir():
-            return _run(recipe)
-        if process.returncode not in (0, -signal.SIGKILL):
-            return _run(recipe)  # it tells what is wrong
+        if process.wait() != 0 and not last.is_dir():
+            return _run(recipe)  # goes on from the checkpoint, or tells what is wrong
         for left in (recipe.out, checkpoints.parent):  # all steps were done: nothing to go on with
             shutil.rmtree(left, ignore_errors=True)
     raise UserError("the run was done before it could be killed; verify --what resume with more --steps")
