@@ -181,6 +181,7 @@ def test_a_fault_within_a_round_is_told_and_the_next_request_is_served(
     monkeypatch.undo()
     running.generate([[5]], [Settings(20)], after)
     assert after.wait().tokens() == engine.continue_ids([[5]], max_new_tokens=20)[0]
+    assert [update.last for update in ear.updates[0]].count(True) == 1, "the fault came behind its end, which is told once"
 
 
 def no_leave(cache: Cache, slot: int) -> int:

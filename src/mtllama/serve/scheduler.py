@@ -89,6 +89,7 @@ class _Sequence:
     tell: Callable[[Update], None]
     told: int = 0  # tokens that it was told of
     passed: int = 0  # how many went before it that came later
+    ended: bool = False  # whether it was told its end, behind which it hears nothing, not even of a fault
 
     @property
     def width(self) -> int:
@@ -97,10 +98,10 @@ class _Sequence:
     def say(self, text: str, error: Exception | None = None) -> None:
         generation, new = self.generation, slice(self.told, None)
         reason = generation.reason
-        if not (text or reason or error or generation.settings.top_logprobs is not None):
+        if self.ended or not (text or reason or error or generation.settings.top_logprobs is not None):
             return
         update = Update(self.index, text, tuple(generation.ids[new]), tuple(generation.logprobs[new]), None if error else reason, error)
-        self.told = len(generation.ids)
+        self.told, self.ended = len(generation.ids), update.last
         if not self.ticket.cancelled:
             self.tell(update)
 
