@@ -13,7 +13,7 @@ import openai
 from mtllama.model.engine import Engine
 from mtllama.serve.server import bind, start
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 SLOW = """
 import time
 from mtllama.cli import main

@@ -16,7 +16,7 @@ from mtllama.model.generation import Settings
 from mtllama.model.packed import Cache
 from mtllama.serve.scheduler import PASSES, WIDTH_STEP, BusyError, ClosedError, Limits, Scheduler, Update
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 @pytest.fixture
