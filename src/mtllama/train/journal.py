@@ -94,7 +94,8 @@ class Journal:
         cut: Sequence[dict[str, Any]],
         doubt: str | None,
     ) -> str | None:
-        """Write down a step, and where in the mixture it skipped something or cut a prompt; returns what there is to say about it, if it was passed over.
+        """Write down a step, and where in the mixture it skipped something or cut a prompt; returns what there is to say about it, if it was
+        passed over.
 
         Raises `UserError` after too many of these in a row.
         """

@@ -101,7 +101,8 @@ class Ranks:
 
     def shard(self, part: torch.nn.Module | list[torch.nn.Module], compute: torch.dtype | None) -> None:
         """Keep this rank's rows of the part's parameters; they are gathered in `compute` (None: as they are) when the part is called (of
-        several, which are gathered together: the first), and freed behind it. Gradients are averaged over the ranks in float32. Parts within it that are sharded stay apart. All ranks.
+        several, which are gathered together: the first), and freed behind it. Gradients are averaged over the ranks in float32. Parts
+        within it that are sharded stay apart. All ranks.
         """
         fully_shard(
             part,

@@ -156,7 +156,7 @@ class Recipe:
 
 
 def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe that is shipped, by its name (`quickstart`), or from a YAML file or the folder of a run (`./quickstart`, if it is named so).
+    """A recipe that is shipped, by its name (`quickstart`), or from a YAML file or the folder of a run (by its full path, if it has such a name).
 
     `key=value` words win over it.
     """
